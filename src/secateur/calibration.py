@@ -1,0 +1,173 @@
+"""Text: where calibration and evaluation text comes from, and how it becomes token windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from secateur.errors import EnvironmentFault, ModelError
+from secateur.progress import Tick, no_tick
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Short names for the data sets of the pruning papers: repository, configuration, split, files.
+_HUB_SETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None),
+    "c4": ("allenai/c4", None, "train", "en/c4-train.00000-of-01024.json.gz"),
+}
+
+
+def read_text(data: str) -> str:
+    """Fetch a text by its name in a recipe.
+
+    Args:
+        data: 'pydoc', a .txt or .jsonl file (key 'text' or 'content'), 'wikitext2', 'c4', or the
+            name of a Hugging Face data set with a column 'text'.
+
+    Raises:
+        ModelError: the text is missing, empty or not in a known form.
+        EnvironmentFault: the data set needs the hub, or the `datasets` library, and has neither.
+    """
+    path = Path(data)
+    if data == "pydoc":
+        text = _pydoc()
+    elif path.suffix in (".txt", ".jsonl"):
+        text = _file(path)
+    else:
+        text = _dataset(data)
+    if not text.strip():
+        raise ModelError(f"the text {data!r} is empty", "give a file or data set that has text")
+    return text
+
+
+def _pydoc() -> str:
+    """Python's language reference as the interpreter carries it: real prose on every machine."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def _file(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as fault:
+        raise ModelError(
+            f"the text file {path} cannot be read: {fault.strerror}",
+            "check the path, or use the default --data self, which needs no file",
+        ) from fault
+    except UnicodeDecodeError as fault:
+        raise ModelError(f"{path} is not UTF-8 text", "convert the file to UTF-8") from fault
+    if path.suffix == ".txt":
+        return content
+    documents = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            document = record.get("text", record.get("content"))
+        except (json.JSONDecodeError, AttributeError):
+            document = None
+        if not isinstance(document, str):
+            raise ModelError(
+                f"{path}, line {number} is not a JSON object with a 'text'",
+                'write one object a line: {"text": "…"}',
+            )
+        documents.append(document)
+    return "\n\n".join(documents)
+
+
+def _dataset(name: str) -> str:
+    repository, configuration, split, file = _HUB_SETS.get(name, (name, None, "train", None))
+    try:
+        import datasets
+    except ImportError:
+        raise EnvironmentFault(
+            f"the data set {name!r} needs the `datasets` library, which is not installed",
+            "pip install 'secateur[data]', or give a .txt or .jsonl file",
+        ) from None
+    try:
+        rows = datasets.load_dataset(repository, configuration, split=split, data_files=file)
+    except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as fault:
+        raise EnvironmentFault(
+            f"the data set {name!r} cannot be loaded: {str(fault).splitlines()[0]}",
+            "check the name and the network, or give a .txt or .jsonl file",
+        ) from fault
+    except ValueError as fault:
+        raise ModelError(
+            f"the data set {name!r} cannot be used: {fault}", "name another"
+        ) from fault
+    if "text" not in rows.column_names:
+        raise ModelError(
+            f"the data set {name!r} has no column 'text' (it has {', '.join(rows.column_names)})",
+            "export the text to a .txt or .jsonl file",
+        )
+    return "\n\n".join(rows["text"])
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Tokenise a whole text once, without special tokens: int64 ``[tokens]``."""
+    import torch
+
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def draw_windows(ids: torch.Tensor, samples: int, length: int, seed: int) -> torch.Tensor:
+    """Draw windows from a token stream: ``[samples, min(length, tokens)]``.
+
+    Starts come from ``random.Random(seed).randint(0, tokens - length - 1)``, one per sample, as
+    in the code of the pruning papers; windows may overlap.
+
+    Raises:
+        ModelError: the text has fewer than two tokens.
+    """
+    import torch
+
+    if len(ids) < 2:
+        raise ModelError(
+            f"the calibration text has {len(ids)} tokens", "give a text of at least a paragraph"
+        )
+    length = min(length, len(ids))
+    random = Random(seed)
+    last = max(0, len(ids) - length - 1)
+    starts = [random.randint(0, last) for _ in range(samples)]
+    return torch.stack([ids[start : start + length] for start in starts])
+
+
+def self_generated(
+    model: PreTrainedModel, first: int, samples: int, length: int, seed: int, tick: Tick = no_tick
+) -> torch.Tensor:
+    """Let a model write its own calibration text: ``[samples, length]`` token ids.
+
+    Plain sampling (temperature 1, no truncation) from the BOS token, as in data-free
+    quantisation (Liu et al. 2023, "LLM-QAT", section 3.1). Needs the whole model in memory.
+
+    Args:
+        model: the dense model.
+        first: the BOS token.
+        tick: called with (tokens done, tokens in all).
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    batch = max(1, min(samples, 32, 32768 // length))
+    rows = []
+    with torch.no_grad():
+        for start in range(0, samples, batch):
+            now = min(batch, samples - start)
+            step = torch.full((now, 1), first, dtype=torch.int64)
+            columns, cache = [step], None
+            for position in range(length - 1):
+                out = model(step.to(model.device), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                chances = out.logits[:, -1].float().softmax(-1).cpu()
+                step = torch.multinomial(chances, 1, generator=generator)
+                columns.append(step)
+                tick(start * length + now * (position + 2), samples * length)
+            rows.append(torch.cat(columns, dim=1))
+    return torch.cat(rows)

@@ -1,0 +1,264 @@
+"""Reading Hugging Face checkpoints tensor by tensor, and writing safetensors files safely.
+
+A checkpoint is a directory with ``config.json`` and one ``*.safetensors`` file, or several with
+``model.safetensors.index.json``. Opening it reads headers only; a tensor is read when asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Everything else that makes a model directory complete; copied from model to model unchanged.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "LICENSE*",
+)
+
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_DTYPES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+
+
+class Checkpoint:
+    """A model directory opened for reading.
+
+    Attributes:
+        path: the directory.
+        config: the parsed ``config.json``.
+
+    Raises:
+        ModelError: on opening, if the directory, its config or a shard is missing or damaged;
+            on reading, if a tensor is absent.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ModelError(
+                f"there is no model directory at {self.path}",
+                "give the path of a Hugging Face model directory (config.json + *.safetensors)",
+            )
+        self.config: dict[str, Any] = _read_json(self.path / CONFIG)
+        self._entries: dict[str, tuple[Path, dict[str, Any]]] = {}
+        for shard in self._shards():
+            for name, entry in _read_header(shard).items():
+                self._entries[name] = (shard, entry)
+        self._handles: dict[Path, Any] = {}
+
+    def _shards(self) -> list[Path]:
+        if (self.path / INDEX).exists():
+            named = _read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(named, dict):
+                raise ModelError(f"{self.path / INDEX} has no 'weight_map'", "copy the file again")
+            shards = [self.path / name for name in sorted(set(named.values()))]
+        else:
+            shards = [self.path / SINGLE]
+        for shard in shards:
+            if shard.parent != self.path:
+                raise ModelError(
+                    f"{INDEX} names {shard}, which is outside the model directory",
+                    "use file names without folders in 'weight_map'",
+                )
+            if not shard.exists():
+                raise ModelError(
+                    f"{self.path} has no {shard.name}",
+                    "copy the model again; secateur reads safetensors only (no .bin, .pt, .pth)",
+                )
+        return shards
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return sorted({shard for shard, _ in self._entries.values()})
+
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def _entry(self, name: str) -> tuple[Path, dict[str, Any]]:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise ModelError(
+                f"{self.path} has no tensor {name!r}", "check that the model was saved completely"
+            ) from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header alone."""
+        return tuple(self._entry(name)[1]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """The type of a tensor in safetensors' spelling, e.g. ``F32`` or ``BF16``."""
+        return str(self._entry(name)[1]["dtype"])
+
+    def nbytes(self, name: str) -> int:
+        """The bytes that a tensor takes in its file."""
+        start, end = self._entry(name)[1]["data_offsets"]
+        return int(end) - int(start)
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read one tensor into memory of its own, in the type it is stored in."""
+        shard, _ = self._entry(name)
+        if shard not in self._handles:
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                self._handles[shard] = safe_open(shard, "pt")
+            except SafetensorError as fault:
+                raise ModelError(f"{shard} is damaged: {fault}", "copy the file again") from fault
+        tensor: torch.Tensor = self._handles[shard].get_tensor(name)
+        return tensor
+
+    def companions(self) -> list[Path]:
+        """Tokenizer, generation config and other files that travel with the weights."""
+        found = {file for glob in COMPANIONS for file in self.path.glob(glob) if file.is_file()}
+        return sorted(found)
+
+    def sha256(self) -> dict[str, str]:
+        """The hash of the config and of every weight file, by file name."""
+        return {file.name: file_sha256(file) for file in [self.path / CONFIG, *self.files]}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path.parent} has no {path.name}",
+            "give the path of a Hugging Face model directory (config.json + *.safetensors)",
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise ModelError(f"{path} is not valid JSON: {fault}", "copy the file again") from fault
+    if not isinstance(parsed, dict):
+        raise ModelError(f"{path} is not a JSON object", "copy the file again")
+    return parsed
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file, checked against the file's own length."""
+    size = path.stat().st_size
+    damaged = "copy the file again: its length does not agree with its header"
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise ModelError(f"{path} is truncated: {size} bytes", damaged)
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                count = 1
+                for extent in entry["shape"]:
+                    count *= extent
+                if entry["dtype"] not in _DTYPES or not 0 <= begin <= end:
+                    raise ValueError(f"tensor {name!r}: {entry}")
+                if end - begin != count * _DTYPES[entry["dtype"]]:
+                    raise ValueError(f"tensor {name!r}: shape and length disagree")
+                if end > size - 8 - length:
+                    raise ModelError(f"{path} is truncated: tensor {name!r} is cut off", damaged)
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+            raise ModelError(f"{path} has a broken header: {fault}", damaged) from fault
+    return dict(header)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file so that it is either whole on disk or not there."""
+    from safetensors.torch import save_file
+
+    aside = path.with_name(path.name + ".writing")
+    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    save_file(contiguous, aside, metadata={"format": "pt"})
+    aside.chmod(0o644)  # safetensors makes its files private
+    sync_file(aside)
+    os.replace(aside, path)
+
+
+def merge_tensors(path: Path, parts: Iterable[Path]) -> None:
+    """Concatenate safetensors files into one, copying a tensor at a time."""
+    parts = list(parts)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for part in parts:
+        for name, entry in sorted(
+            _read_header(part).items(), key=lambda item: item[1]["data_offsets"]
+        ):
+            length = entry["data_offsets"][1] - entry["data_offsets"][0]
+            header[name] = {**entry, "data_offsets": [offset, offset + length]}
+            offset += length
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    aside = path.with_name(path.name + ".writing")
+    with aside.open("wb") as out:
+        out.write(struct.pack("<Q", len(encoded)) + encoded)
+        for part in parts:
+            for chunk in _data_of(part):
+                out.write(chunk)
+    sync_file(aside)
+    os.replace(aside, path)
+
+
+def _data_of(path: Path, chunk: int = 1 << 24) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
+        while data := file.read(chunk):
+            yield data
+
+
+def write_index(directory: Path, files: Iterable[Path]) -> None:
+    """Write ``model.safetensors.index.json`` for the given shards of ``directory``."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in files:
+        for name, entry in _read_header(file).items():
+            weight_map[name] = file.name
+            total += entry["data_offsets"][1] - entry["data_offsets"][0]
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / INDEX, index)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON so that the file is either whole on disk or not there."""
+    aside = path.with_name(path.name + ".writing")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync_file(aside)
+    os.replace(aside, path)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

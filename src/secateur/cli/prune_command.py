@@ -1,0 +1,172 @@
+"""``secateur prune`` and ``secateur methods``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from secateur.cli import Json, app, emit, parse_pattern_rules
+
+if TYPE_CHECKING:
+    from secateur.prune import Plan, PruneResult
+
+_PATTERN = (
+    "N:M keeps N of M, P% removes P percent; with @Rx1 (R = 4, 8, 16) for R rows at once; dense."
+)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, Argument(help="Model directory, .gguf file or Hugging Face hub name.")],
+    output: Annotated[str, Option("--output", "-o", help="Directory to make.")],
+    method: Annotated[str, Option(help="Pruning method; see `secateur methods`.")] = "wanda",
+    pattern: Annotated[str, Option(help=_PATTERN)] = "2:4",
+    layer: Annotated[
+        list[str] | None,
+        Option(
+            help="Exception 'GLOB=PATTERN' by layer name, e.g. '*.down_proj=dense'; repeatable."
+        ),
+    ] = None,
+    data: Annotated[
+        str,
+        Option(
+            help="Calibration text: self (written by the model), pydoc, a .txt or .jsonl file, "
+            "wikitext2, c4, a data set on the hub, or none."
+        ),
+    ] = "self",
+    samples: Annotated[int, Option(help="Calibration sequences.")] = 128,
+    length: Annotated[int, Option(help="Tokens per sequence.")] = 512,
+    seed: Annotated[int, Option(help="Decides which text is drawn.")] = 0,
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    compat: Annotated[
+        str, Option(help="exact, or reference: count as the authors' code does.")
+    ] = "exact",
+    strict: Annotated[
+        bool, Option("--strict", help="Refuse if a layer cannot hold its pattern (else: dense).")
+    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing output.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print what would be done to each layer, and stop.")
+    ] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    json: Json = False,
+) -> None:
+    """Prune a model: decide which weights go, and write it with zeros in their place."""
+    from secateur.prune import plan, prune_model
+    from secateur.recipe import Calibration, Prune, validate
+
+    wanted = validate(
+        Prune,
+        {
+            "method": method,
+            "pattern": pattern,
+            "layers": parse_pattern_rules(layer or []),
+            "strict": strict,
+            "compat": compat,
+            "device": device,
+        },
+        "prune",
+    )
+    text = validate(
+        Calibration,
+        {"data": data, "samples": samples, "length": length, "seed": seed},
+        "calibration",
+    )
+    if dry_run:
+        planned = plan(model, wanted, text)
+        emit(planned.model_dump(mode="json")) if json else _show_plan(planned)
+        return
+    result = prune_model(model, output, wanted, text, overwrite=overwrite, quiet=quiet)
+    if json:
+        emit(
+            {
+                "output": str(result.output),
+                "seconds": result.seconds,
+                "resumed_at": result.resumed_at,
+                "manifest": result.manifest.model_dump(mode="json", by_alias=True),
+            }
+        )
+    else:
+        show_pruned(result)
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the pruning methods."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from secateur.prune import METHODS
+
+    if json:
+        emit(
+            [
+                {"name": m.name, "summary": m.summary, "source": m.source, "text": m.needs_text}
+                for m in METHODS.values()
+            ]
+        )
+        return
+    table = Table("method", "what it does", "text", "source", box=None)
+    for m in METHODS.values():
+        table.add_row(m.name, m.summary, "needed" if m.needs_text else "", m.source)
+    Console().print(table)
+
+
+def _show_plan(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "shape", "pattern", "removes", "kept dense because", box=None)
+    for layer in plan.layers:
+        removed = float(layer.pattern.removed)
+        table.add_row(
+            layer.name,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            str(layer.pattern),
+            f"{removed * layer.weights:,.0f}" if removed else "",
+            layer.kept_dense or "",
+        )
+    console = Console()
+    console.print(table)
+    linear = sum(layer.weights for layer in plan.layers)
+    console.print(
+        f"{len(plan.pruned)} of {len(plan.layers)} linear layers in {plan.blocks} blocks will be "
+        f"pruned: {100 * plan.sparsity:.2f} % of their {linear / 1e6:,.1f} M weights, "
+        f"{100 * plan.sparsity * linear / plan.total_weights:.2f} % of the model's "
+        f"{plan.total_weights / 1e6:,.1f} M; about {plan.peak_bytes / 2**30:.2f} GiB of memory",
+        soft_wrap=True,
+    )
+
+
+def show_pruned(result: PruneResult) -> None:
+    """Print a summary: a line for each kind of layer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    groups: dict[str, list[str]] = {}
+    layers = result.manifest.layers
+    for name in layers:
+        groups.setdefault(name.rpartition(".")[2], []).append(name)
+    table = Table("linear", "layers", "pattern", "zeros", "output error", "worst", box=None)
+    for kind, names in groups.items():
+        facts = [layers[name] for name in names]
+        weights = sum(fact.shape[0] * fact.shape[1] for fact in facts)
+        zeros = sum(fact.sparsity * fact.shape[0] * fact.shape[1] for fact in facts)
+        errors = [fact.relative_error for fact in facts if fact.relative_error is not None]
+        table.add_row(
+            kind,
+            str(len(facts)),
+            ", ".join(sorted({fact.pattern for fact in facts})),
+            f"{100 * zeros / weights:.2f} %",
+            f"{sum(errors) / len(errors):.4f}" if errors else "",
+            f"{max(errors):.4f}" if errors else "",
+        )
+    console = Console()
+    console.print(table)
+    for note in result.manifest.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if result.resumed_at:
+        console.print(f"resumed at block {result.resumed_at}")
+    seconds = sum(result.seconds.values())
+    console.print(f"pruned model in {result.output} ({seconds:.0f} s)", soft_wrap=True)

@@ -1,0 +1,107 @@
+"""Tiny models that the tests make themselves, and the real one that `make model` fetches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_MODEL = ROOT / "out" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# What each family adds to a tiny Llama: biases, q/k norms, scalings, sliding windows.
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
+}
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer: every byte is a token, so every text has one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def make_tiny(path: Path, family: str = "llama", shards: str = "10GB", **changes: Any) -> Path:
+    """Save a random model of a family with two small blocks and a tokenizer."""
+    import transformers
+
+    settings: dict[str, Any] = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    settings |= TINY_CONFIGS[family] | changes
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # norms, biases and tiny initial weights would hide bugs
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
+    model.save_pretrained(path, max_shard_size=shards)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    """`make_tiny`, for tests that need a model of their own."""
+    return make_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense Llama directory with tied embeddings; tests must not change it."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred lines of calibration text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(f"Line {i}: the quick brown fox jumps." for i in range(300)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a dense fp32 directory."""
+    from secateur.source import resolve_model
+
+    if not REAL_MODEL.exists():
+        pytest.fail(f"{REAL_MODEL.relative_to(ROOT)} is missing: run `make model` first")
+    return resolve_model(str(REAL_MODEL), cache=tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def secateur_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own, as a user does."""
+
+    def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "secateur", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+
+    return run
