@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
 
     from secateur.pattern import Pattern
+
+# What one chunk of rows may take where a method needs several copies of it.
+_CHUNK_BYTES = 1 << 28
+# Rows up to this length are sorted to find their lowest.
+_SHORT = 64
 
 
 def keep_highest(
@@ -27,20 +33,46 @@ def keep_highest(
     Returns:
         ``[out, in]`` bool, True = kept.
     """
-    rows, columns = score.shape
-    blocks = score.reshape(rows // pattern.rows, pattern.rows, columns).sum(dim=1)
+    blocks = per_block(score, pattern)
     if pattern.is_nm:
-        groups = blocks.reshape(-1, pattern.m)
-        kept = _drop_lowest(groups, pattern.m - pattern.n)
+        kept = drop_lowest(blocks.reshape(-1, pattern.m), pattern.m - pattern.n)
     elif among == "row":
-        kept = _drop_lowest(blocks, pattern.removed_of(columns))
+        kept = drop_lowest(blocks, pattern.removed_of(blocks.shape[1]))
     else:
-        kept = _drop_lowest(blocks.reshape(1, -1), pattern.removed_of(blocks.numel()))
+        kept = drop_lowest(blocks.reshape(1, -1), pattern.removed_of(blocks.numel()))
     return kept.reshape(blocks.shape).repeat_interleave(pattern.rows, dim=0)
 
 
-def _drop_lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """In each row of ``scores``, False at the ``count`` lowest."""
-    order = scores.argsort(dim=1, stable=True)
-    kept = scores == scores
-    return kept.scatter_(1, order[:, :count], False)
+def drop_lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """In each row of ``scores``, False at the ``count`` lowest and True elsewhere."""
+    import torch
+
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    if count == 0:
+        return kept
+    if scores.shape[1] <= _SHORT:
+        order = scores.argsort(dim=1, stable=True)
+        return kept.scatter_(1, order[:, :count], False)
+    # The same without sorting: all below the threshold, then of its equals the first.
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    below, equal = scores < threshold, scores == threshold
+    missing = count - below.sum(dim=1, keepdim=True)
+    return ~(below | (equal & (equal.cumsum(dim=1) <= missing)))
+
+
+def per_block(values: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Sums over the R rows of each block: ``[out, in]`` to ``[out / R, in]``."""
+    if pattern.rows == 1:
+        return values
+    return values.reshape(-1, pattern.rows, values.shape[1]).sum(dim=1)
+
+
+def row_chunks(rows: int, row_bytes: int, pattern: Pattern) -> Iterator[slice]:
+    """Split rows into slices of whole blocks, each of at most a quarter GiB.
+
+    Args:
+        row_bytes: size of what is chunked, per row.
+    """
+    step = max(1, _CHUNK_BYTES // max(1, row_bytes) // pattern.rows) * pattern.rows
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))

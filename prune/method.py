@@ -6,11 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from secateur.statistics import Need
+
 if TYPE_CHECKING:
     import torch
 
     from secateur.pattern import Pattern
-    from secateur.statistics import InputStatistics
+    from secateur.statistics import GradientStatistics, InputStatistics
+
+NORMS: frozenset[Need] = frozenset({"norms"})
+GRAM: frozenset[Need] = frozenset({"norms", "gram"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +27,27 @@ class Problem:
         inputs: statistics of its calibration inputs; None if the method needs none and none
             were collected.
         pattern: a pattern that fits the weight.
-        compat: "reference" repeats the counting of the method's published code.
+        compat: "reference" repeats what the method's published code does, bugs included.
+        gradients: statistics of the weight's gradients; None if none were collected.
     """
 
     weight: torch.Tensor
     inputs: InputStatistics | None
     pattern: Pattern
     compat: Literal["exact", "reference"] = "exact"
+    gradients: GradientStatistics | None = None
+
+    @property
+    def statistics(self) -> InputStatistics:
+        """The statistics of the inputs, where a method cannot do without."""
+        if self.inputs is None:
+            raise RuntimeError("this method needs statistics of the inputs")
+        return self.inputs
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """``[in, in]`` fp32: Σ x xᵀ over the tokens of the calibration."""
+        return self.statistics.gram
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +67,52 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A named way to prune a layer.
+    """A named way to prune a layer: the first word of a chain, or a whole chain.
 
     Attributes:
         summary: one line for `secateur methods`.
         source: paper, and equation if it is one.
-        needs_text: whether it reads statistics of the inputs.
-        solve: the method itself, a pure function.
+        needs: the statistics that it reads.
+        function: the method itself, a pure function of the problem and the settings.
+        settings: a frozen pydantic model; its fields can be set as ``name.field=value``.
     """
 
     name: str
     summary: str
     source: str
-    needs_text: bool
-    solve: Callable[[Problem], Solution]
+    needs: frozenset[Need]
+    function: Callable[[Problem, Any], Solution]
+    settings: Any
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it reads statistics of the inputs."""
+        return bool(self.needs)
+
+    def solve(self, problem: Problem) -> Solution:
+        """Prune one layer."""
+        return self.function(problem, self.settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """A named way to improve a pruned layer: a later word of a chain.
+
+    Attributes:
+        summary, source, needs, settings: as in `Method`.
+        function: a pure function of the problem, the solution so far and the settings.
+    """
+
+    name: str
+    summary: str
+    source: str
+    needs: frozenset[Need]
+    function: Callable[[Problem, Solution, Any], Solution]
+    settings: Any
+
+    def refine(self, problem: Problem, solution: Solution) -> Solution:
+        """Improve one layer; the facts are of this step alone."""
+        return self.function(problem, solution, self.settings)
 
 
 def masked(weight: torch.Tensor, mask: torch.Tensor) -> Solution:

@@ -20,6 +20,7 @@ from secateur.checkpoint import (
     write_index,
     write_json,
 )
+from secateur.device import choose_device
 from secateur.errors import ModelError, UsageError
 from secateur.model import StreamedModel, load_causal_lm, load_tokenizer
 from secateur.progress import progress
@@ -126,17 +127,7 @@ def prune_model(
 def _open(model: str, prune: Prune, cache: Path | None) -> StreamedModel:
     import torch
 
-    name = prune.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as fault:
-        raise UsageError(
-            f"the device {name!r} cannot be used: {str(fault).splitlines()[0]}",
-            "use --device cpu, or auto",
-        ) from fault
+    device = choose_device(prune.device)
     # A CPU computes bf16 and fp16 slowly and coarsely; scores are fp32 in any case.
     dtype = torch.float32 if device.type == "cpu" else None
     return StreamedModel(Checkpoint(resolve_model(model, cache)), device, dtype)
@@ -222,7 +213,7 @@ class _Work:
             tensors[weight_name] = after.cpu()
             linear.weight.data = after.to(linear.weight.dtype)
             mask = solution.mask.cpu()
-            masks[weight_name] = pack_mask(mask[:: layer.pattern.rows])
+            masks[weight_name] = pack_mask(mask, layer.pattern.rows)
             error = None
             if statistics is not None:
                 error = statistics.relative_error(before, linear.weight.float())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -96,12 +95,30 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return resolve_model(str(REAL_MODEL), cache=tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture(scope="session")
-def secateur_command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own, as a user does."""
+class Ran(NamedTuple):
+    """How a command ended."""
 
-    def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "secateur", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def secateur_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ran]:
+    """Run the command line in this process: what the console script does, without its start."""
+
+    def run(*arguments: object) -> Ran:
+        from secateur.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        return Ran(code, *capsys.readouterr())
 
     return run

@@ -49,8 +49,10 @@ def test_any_n_of_m_round_trips_or_is_refused(n: int, m: int, blocks: str) -> No
 
 @pytest.mark.parametrize(
     "text",
-    ["", "2", "2:4:8", "124", "4:2", "2:2", "0:4", "0%", "100%", "150%", "-5%", "2:4@3x1"]
-    + ["50%@8x2", "50@8x1", "Dense", "2:4@1x1", "half"],
+    [
+        *("", "2", "2:4:8", "124", "4:2", "2:2", "0:4", "0%", "100%", "150%", "-5%", "2:4@3x1"),
+        *("50%@8x2", "50@8x1", "Dense", "2:4@1x1", "half"),
+    ],
 )
 def test_refuses_everything_else_with_a_way_out(text: str) -> None:
     with pytest.raises(UsageError) as refusal:

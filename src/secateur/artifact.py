@@ -66,7 +66,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     schema_: Literal["secateur/manifest/1"] = Field("secateur/manifest/1", alias="schema")
-    kind: Literal["pruned", "packed"]
+    kind: Literal["pruned", "packed", "dense"]
     secateur: str = secateur.__version__
     versions: dict[str, str] = Field(default_factory=dict)
     source: dict[str, Any]
@@ -159,7 +159,7 @@ class Artifact:
         elif found is None or self.overwrite:
             shutil.rmtree(self.path)
         else:
-            differ = "; ".join(_differences(found, self.identity))
+            differ = "; ".join(differences(found, self.identity))
             raise UsageError(
                 f"{self.path} holds unfinished work of another recipe: {differ}",
                 "run the earlier recipe again to finish it, or pass --overwrite to discard it",
@@ -214,13 +214,13 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
         )
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], at: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], at: str = "") -> list[str]:
     """The keys whose values differ, with both values."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{at}{key}.")
+            found += differences(a, b, f"{at}{key}.")
         elif a != b:
             found.append(f"{at}{key} was {a!r}, now {b!r}")
     return found

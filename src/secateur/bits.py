@@ -1,6 +1,8 @@
-"""Masks as bits: uint8 ``[rows, ceil(columns / 8)]``, bit i of byte j is column 8j + i, 1 = kept.
+"""Masks as bits: the form they have on disk, in pruned and packed models alike.
 
-The order is that of ``numpy.packbits(..., bitorder="little")``; bits past the last column are 0.
+uint8 ``[rows / height, ceil(columns / 8)]``; bit i of byte j is column 8j + i, 1 = kept (the order
+of ``numpy.packbits(..., bitorder="little")``); bits past the last column are 0. ``height`` rows
+that share a mask share a row of bits.
 """
 
 from __future__ import annotations
@@ -11,30 +13,39 @@ if TYPE_CHECKING:
     import torch
 
 
-def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Boolean ``[rows, columns]`` on the CPU to bits."""
-    import numpy as np
-    import torch
+def pack_mask(mask: torch.Tensor, height: int = 1) -> torch.Tensor:
+    """Pack a keep-mask into bits.
 
-    return torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
+    Args:
+        mask: bool ``[rows, columns]``, True = kept; equal within blocks of ``height`` rows.
+        height: how many consecutive rows share one row of bits; divides ``rows``.
 
-
-def unpack_mask(bits: torch.Tensor, columns: int) -> torch.Tensor:
-    """Bits to boolean ``[rows, columns]``.
-
-    Raises:
-        ValueError: wrong type or width, or a bit is set past the last column.
+    Returns:
+        uint8 ``[rows / height, ceil(columns / 8)]``; the bits past the last column are zero.
     """
     import numpy as np
     import torch
 
-    width = -(-columns // 8)
-    if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[1] != width:
-        raise ValueError(
-            f"a bitmask of {columns} columns is uint8 [rows, {width}], "
-            f"not {bits.dtype} {list(bits.shape)}"
-        )
-    mask = np.unpackbits(bits.numpy(), axis=1, bitorder="little").astype(bool)
-    if mask[:, columns:].any():
-        raise ValueError(f"a bit past the last column ({columns}) is set")
-    return torch.from_numpy(mask[:, :columns])
+    bits = np.packbits(mask[::height].cpu().numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(bits)
+
+
+def unpack_mask(bits: torch.Tensor, columns: int, height: int = 1) -> torch.Tensor:
+    """The keep-mask, bool ``[rows, columns]`` on the CPU, of bits made by `pack_mask`.
+
+    Raises:
+        ValueError: the bits have another type or shape, or a bit past the last column is set.
+    """
+    import numpy as np
+    import torch
+
+    if bits.dtype != torch.uint8 or bits.ndim != 2:
+        raise ValueError(f"bits are a uint8 matrix, not {bits.dtype} of {bits.ndim} axes")
+    if bits.shape[1] != (columns + 7) // 8:
+        raise ValueError(f"{columns} columns take {(columns + 7) // 8} bytes, not {bits.shape[1]}")
+    if columns % 8 and (stray := bits[:, -1] >> (columns % 8) != 0).any():
+        row = int(stray.nonzero()[0])
+        raise ValueError(f"row {row} has bits set past the last column ({columns - 1})")
+    flags = np.unpackbits(bits.cpu().numpy(), axis=1, count=columns, bitorder="little")
+    mask = torch.from_numpy(flags).view(torch.bool)
+    return mask.repeat_interleave(height, dim=0) if height > 1 else mask

@@ -106,6 +106,10 @@ class Checkpoint:
                 f"{self.path} has no tensor {name!r}", "check that the model was saved completely"
             ) from None
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._entry(name)[0]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header alone."""
         return tuple(self._entry(name)[1]["shape"])
@@ -129,7 +133,8 @@ class Checkpoint:
                 self._handles[shard] = safe_open(shard, "pt")
             except SafetensorError as fault:
                 raise ModelError(f"{shard} is damaged: {fault}", "copy the file again") from fault
-        tensor: torch.Tensor = self._handles[shard].get_tensor(name)
+        # safetensors hands out the mapped file itself, shared by all readers of the tensor.
+        tensor: torch.Tensor = self._handles[shard].get_tensor(name).clone()
         return tensor
 
     def companions(self) -> list[Path]:

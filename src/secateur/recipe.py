@@ -81,7 +81,7 @@ class Prune(Section):
 class Compile(Section):
     """How the kept weights are stored."""
 
-    format: Literal["packed"] = Field("packed", description="See `secateur formats`.")
+    format: Literal["packed"] = Field("packed", description="The form of the result.")
     values: ValueType | None = Field(
         None, description="Type of the stored weights; None keeps the model's own."
     )

@@ -67,9 +67,10 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         _fail(fault)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+    except SystemExit as end:  # typer turns Ctrl-C into this, without a word
+        if end.code == EXIT_INTERRUPTED:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         sys.stderr.close()
         raise SystemExit(0) from None
@@ -90,4 +91,6 @@ def parse_pattern_rules(rules: list[str]) -> list[dict[str, str]]:
 
 
 # Each module adds its commands to `app`; the order here is the order in --help.
-from secateur.cli import prune_command  # noqa: E402, F401
+# isort: off
+from secateur.cli import prune_command, compile_command, serve_command  # noqa: E402, F401
+from secateur.cli import bench_command, run_command, inspect_command  # noqa: E402, F401

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @app.command("compile")
 def compile_(
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="Pruned model directory.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Pruned model directory; any for --format dense.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make.")],
     format_: Annotated[
         str, typer.Option("--format", help="How to store it; see `secateur formats`.")
@@ -31,7 +33,7 @@ def compile_(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Pack a pruned model: its linears become a bitmask and the weights that are left."""
+    """Store a pruned model in a smaller form: a bitmask and the weights that are left."""
     from secateur.compile import FORMATS
 
     if format_ not in FORMATS:
@@ -61,16 +63,18 @@ def _print(report: PackReport) -> None:
         packed = sum(layer.packed_bytes for layer in layers)
         size = f"{shape[0]}x{shape[1]}"
         table.add_row(group, str(len(layers)), size, pattern, *_sizes(dense, packed))
-    table.add_section()
-    all_linears = _sizes(report.linears_dense_bytes, report.linears_packed_bytes)
-    table.add_row("packed linears", str(len(report.layers)), "", "", *all_linears)
+    if report.layers:
+        table.add_section()
+        linears = _sizes(report.linears_dense_bytes, report.linears_packed_bytes)
+        table.add_row("packed linears", str(len(report.layers)), "", "", *linears)
     table.add_row("whole model", "", "", "", *_sizes(report.dense_bytes, report.packed_bytes))
     console = Console()
     console.print(table)
     for name, reason in report.kept_dense.items():
         console.print(f"left dense: {name}: {reason}", markup=False, highlight=False)
+    values = f" as {report.values}" if report.values else ""
     console.print(
-        f"{report.output}: {_megabytes(report.packed_bytes)} of weights as {report.values}, from "
+        f"{report.output}: {_megabytes(report.packed_bytes)} of weights{values}, from "
         f"{_megabytes(report.source_bytes)} in {report.seconds:.1f} s",
         markup=False,
         highlight=False,

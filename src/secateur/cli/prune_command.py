@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 from typer import Argument, Option
 
@@ -139,7 +139,7 @@ def _show_plan(plan: Plan) -> None:
     )
 
 
-def show_pruned(result: PruneResult) -> None:
+def show_pruned(result: PruneResult, file: TextIO | None = None) -> None:
     """Print a summary: a line for each kind of layer."""
     from rich.console import Console
     from rich.table import Table
@@ -162,7 +162,7 @@ def show_pruned(result: PruneResult) -> None:
             f"{sum(errors) / len(errors):.4f}" if errors else "",
             f"{max(errors):.4f}" if errors else "",
         )
-    console = Console()
+    console = Console(file=file)
     console.print(table)
     for note in result.manifest.notes:
         console.print(f"note: {note}", soft_wrap=True)

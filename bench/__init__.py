@@ -1,0 +1,23 @@
+"""bench: was it worth it? Accuracy and speed of models against their dense twin.
+
+``measure_accuracy`` and ``measure_latency`` return typed results with a versioned schema;
+``summarise`` puts one dense and one sparse model side by side.
+"""
+
+from __future__ import annotations
+
+from secateur.bench.accuracy import measure_accuracy
+from secateur.bench.latency import measure_latency
+from secateur.bench.results import AccuracyResult, LatencyResult
+from secateur.bench.subjects import model_bytes
+from secateur.bench.summary import render_summary, summarise
+
+__all__ = [
+    "AccuracyResult",
+    "LatencyResult",
+    "measure_accuracy",
+    "measure_latency",
+    "model_bytes",
+    "render_summary",
+    "summarise",
+]

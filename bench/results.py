@@ -1,0 +1,235 @@
+"""What a measurement returns: typed, versioned, and with the facts needed to repeat it."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from secateur.artifact import library_versions
+from secateur.device import cpu_name
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+class Estimate(_Facts):
+    """A ratio Σx/Σy over paired samples and how far to trust it.
+
+    Attributes:
+        value: Σx/Σy.
+        stddev: spread of one sample's ratio about it; None for a single sample.
+        standard_error: of the value itself, stddev/√n, were the samples independent.
+    """
+
+    value: float
+    stddev: float | None
+    standard_error: float | None
+
+    @classmethod
+    def of(cls, x: Sequence[float], y: Sequence[float]) -> Self:
+        """The ratio of the sums of paired samples.
+
+        To first order the ratio of pair i differs from R = Σx/Σy by (xᵢ - R·yᵢ) / mean(y), which
+        counts what moves both alike (a busy machine, a hard text) once and not twice.
+        """
+        n = len(x)
+        ratio = math.fsum(x) / math.fsum(y)
+        if n < 2:
+            return cls(value=ratio, stddev=None, standard_error=None)
+        mean_y = math.fsum(y) / n
+        residuals = [(a - ratio * b) / mean_y for a, b in zip(x, y, strict=True)]
+        stddev = math.sqrt(math.fsum(r * r for r in residuals) / (n - 1))
+        return cls(value=ratio, stddev=stddev, standard_error=stddev / math.sqrt(n))
+
+    def exp(self) -> Self:
+        """The exponential, its errors carried along to first order."""
+        value = math.exp(self.value)
+        return type(self)(
+            value=value,
+            stddev=None if self.stddev is None else value * self.stddev,
+            standard_error=None if self.standard_error is None else value * self.standard_error,
+        )
+
+
+class Spread(_Facts):
+    """Repeated measurements of one number: mean ± stddev, the extremes, and the raw samples."""
+
+    mean: float
+    stddev: float
+    min: float
+    max: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Self:
+        """Describe two or more samples."""
+        mean = math.fsum(samples) / len(samples)
+        variance = math.fsum((s - mean) ** 2 for s in samples) / (len(samples) - 1)
+        return cls(
+            mean=mean,
+            stddev=math.sqrt(variance),
+            min=min(samples),
+            max=max(samples),
+            samples=tuple(samples),
+        )
+
+
+class Environment(_Facts):
+    """Where and when a measurement was made.
+
+    Attributes:
+        cores: cores that this process may use.
+        threads: threads that torch computes with.
+        load_average: of the last minute, when the measurement began.
+    """
+
+    date: str
+    cpu: str
+    cores: int
+    ram_bytes: int
+    device: str
+    threads: int
+    load_average: float
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, device: torch.device) -> Self:
+        """The facts of this machine, now."""
+        import torch
+
+        return cls(
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            cpu=cpu_name(),
+            cores=len(os.sched_getaffinity(0)),
+            ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            threads=torch.get_num_threads(),
+            load_average=os.getloadavg()[0],
+            versions={
+                "python": platform.python_version(),
+                **library_versions("secateur", "torch", "transformers"),
+            },
+        )
+
+
+class _Result(_Facts):
+    environment: Environment
+    dtype: str
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain data, as ``--json`` prints it."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class TextFacts(_Facts):
+    """Which tokens were read: sha256 is of the evaluated ids as little-endian int64."""
+
+    name: str
+    tokenizer: str
+    tokens: int
+    evaluated_tokens: int
+    sha256: str
+
+
+class ModelAccuracy(_Facts):
+    """How well one model predicts the text; what compares it is None for the baseline.
+
+    Attributes:
+        path: the directory as it was given.
+        bytes: size of its weight files.
+        nll: mean negative log-likelihood, nats per predicted token.
+        perplexity: exp(nll).
+        perplexity_ratio: to the baseline's, paired by window.
+        kl: KL(baseline‖model), nats per predicted token.
+        top1_agreement: fraction of tokens where both models prefer the same next token.
+        window_nll: the nats of each window, for other tests than ours.
+    """
+
+    path: str
+    bytes: int
+    nll: Estimate
+    perplexity: Estimate
+    perplexity_ratio: Estimate | None
+    kl: Estimate | None
+    top1_agreement: Estimate | None
+    window_nll: tuple[float, ...]
+
+
+class AccuracyResult(_Result):
+    """The result of ``bench accuracy``; docs/bench.md explains every key."""
+
+    schema_: Literal["secateur/bench-accuracy/1"] = Field(
+        "secateur/bench-accuracy/1", alias="schema"
+    )
+    text: TextFacts
+    window: int
+    stride: int
+    windows: int
+    predicted_tokens: int
+    baseline: ModelAccuracy | None
+    models: tuple[ModelAccuracy, ...]
+
+    @property
+    def everyone(self) -> tuple[ModelAccuracy, ...]:
+        """The baseline, if there is one, and the models."""
+        return (*((self.baseline,) if self.baseline else ()), *self.models)
+
+
+class ModelLatency(_Facts):
+    """How fast one model is; the speed-ups are None for the baseline.
+
+    Attributes:
+        path: the directory as it was given.
+        bytes: size of its weight files.
+        memory_bytes: size of its parameters and buffers in memory.
+        modules: number of innermost modules by class: which kernels could have run.
+        prefill_tokens_per_s, decode_tokens_per_s: over all sequences of the batch.
+        prefill_speedup, decode_speedup: ratio of the mean rates, model/baseline, paired by round.
+        warnings: what makes the numbers doubtful.
+    """
+
+    path: str
+    bytes: int
+    memory_bytes: int
+    modules: dict[str, int]
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    prefill_speedup: Estimate | None
+    decode_speedup: Estimate | None
+    warnings: tuple[str, ...]
+
+
+class LatencyResult(_Result):
+    """The result of ``bench latency``; docs/bench.md explains every key.
+
+    Attributes:
+        peak_rss_bytes: the most memory this process ever held, all models together.
+    """
+
+    schema_: Literal["secateur/bench-latency/1"] = Field("secateur/bench-latency/1", alias="schema")
+    prompt: int
+    new_tokens: int
+    batch: int
+    rounds: int
+    measured_seconds: float
+    peak_rss_bytes: int
+    baseline: ModelLatency | None
+    models: tuple[ModelLatency, ...]
+
+    @property
+    def everyone(self) -> tuple[ModelLatency, ...]:
+        """The baseline, if there is one, and the models."""
+        return (*((self.baseline,) if self.baseline else ()), *self.models)

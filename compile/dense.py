@@ -1,0 +1,92 @@
+"""The format ``dense``: plain Hugging Face weights, in another value type if one is asked for.
+
+It is the control of every measurement (the dense twin of a packed model, in the same value type),
+and the way back from a packed model for programs that know nothing of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from secateur.artifact import Artifact, Manifest, library_versions, refuse_existing
+from secateur.checkpoint import CONFIG, INDEX, Checkpoint, save_tensors, write_index, write_json
+from secateur.compile.pack import PackReport
+from secateur.compile.packed import QUANT_METHOD, VALUES, read_packed
+from secateur.compile.values import check_value_type, convert, with_dtype
+from secateur.recipe import ValueType
+
+
+def write_dense(
+    model: str | Path,
+    output: str | Path,
+    *,
+    values: ValueType | None = None,
+    overwrite: bool = False,
+) -> PackReport:
+    """Write a dense, pruned or packed model directory as plain dense weights.
+
+    Args:
+        model: the directory; the zeros of a pruned or packed model stay where they are.
+        output: directory to make; it appears whole or not at all.
+        values: convert all floating-point weights to this type; None keeps them.
+        overwrite: replace an existing output.
+
+    Raises:
+        ModelError: the model is missing or damaged, or a value does not fit ``values``.
+        UsageError: the output exists, or ``values`` is unknown.
+    """
+    started = time.perf_counter()
+    check_value_type(values)
+    refuse_existing(Path(output), overwrite)
+    source = Checkpoint(model)
+    quantization = source.config.get("quantization_config", {})
+    packed = read_packed(model) if quantization.get("quant_method") == QUANT_METHOD else None
+    hashes = source.sha256()
+    recipe = {"compile": {"format": "dense", "values": values}}
+    stored = read = 0
+    with Artifact(output, {"source": hashes, **recipe}, overwrite) as artifact:
+        for file in source.files:
+            tensors = {}
+            for name in packed.names() if packed else source.names():
+                if _home(name, source) == file:
+                    weight = packed.load(name) if packed else source.load(name)
+                    tensors[name] = convert(name, weight, values)
+                    read += weight.nbytes
+                    stored += tensors[name].nbytes
+            save_tensors(artifact.path / file.name, tensors)
+        if (source.path / INDEX).exists():
+            write_index(artifact.path, [artifact.path / file.name for file in source.files])
+        config = with_dtype(source.config, values)
+        if packed:
+            del config["quantization_config"]
+        write_json(artifact.path / CONFIG, config)
+        for companion in source.companions():
+            shutil.copyfile(companion, artifact.path / companion.name)
+        manifest = Manifest(
+            kind="dense",
+            versions=library_versions("torch", "safetensors"),
+            source={"sha256": hashes},
+            recipe=recipe,
+            layers={},
+        )
+        artifact.commit(manifest, {"compile": {"seconds": time.perf_counter() - started}})
+    return PackReport(
+        output=str(output),
+        format="dense",
+        values=values,
+        layers={},
+        kept_dense={},
+        linears_dense_bytes=0,
+        linears_packed_bytes=0,
+        source_bytes=read,
+        dense_bytes=stored,
+        packed_bytes=stored,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _home(name: str, source: Checkpoint) -> Path:
+    """The file that holds a dense tensor, or its packed form."""
+    return source.file_of(name if name in source else name.removesuffix(".weight") + VALUES)

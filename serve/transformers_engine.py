@@ -1,0 +1,335 @@
+"""The ``transformers`` engine: any causal LM that transformers can open, on a thread of its own.
+
+One worker owns the model. Running requests take turns: a turn is one piece of a prompt or one
+token. Each request has its own KV cache and is computed alone, so its result does not depend on
+what else runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from secateur.checkpoint import Checkpoint
+from secateur.model import load_causal_lm, load_tokenizer
+from secateur.serve import sampling
+from secateur.serve.engine import (
+    Engine,
+    EngineStats,
+    EngineUnavailable,
+    Event,
+    FinishReason,
+    Generation,
+    GenerationFault,
+    GenerationRequest,
+    check_request,
+)
+from secateur.serve.sampling import Floats, TokenLogprobs
+from secateur.serve.text import StopStrings, TextCodec, TokenStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFILL_CHUNK = 256  # prompt tokens per turn: others need not wait for a long prompt
+DEFAULT_MAX_LENGTH = 2048
+
+
+def load_transformers(
+    directory: Path, *, model_name: str, threads: int | None = None, max_running: int = 16
+) -> TransformersEngine:
+    """Open a model directory; choices that are not the checkpoint's own go to stderr.
+
+    Raises:
+        ModelError: the directory is not a usable model.
+    """
+    dtype, reason = compute_dtype(Checkpoint(directory).config)
+    if reason:
+        print(f"serve: {reason}", file=sys.stderr)
+    threads = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    codec = TextCodec(load_tokenizer(directory))
+    model = load_causal_lm(directory, dtype)
+    with torch.inference_mode():  # the first run reads the weights from disk: not at a user's cost
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long))
+    return TransformersEngine(
+        model, codec, model_name=model_name, threads=threads, max_running=max_running
+    )
+
+
+def compute_dtype(
+    config: dict[str, Any], cpuinfo: Path = Path("/proc/cpuinfo")
+) -> tuple[torch.dtype | str, str]:
+    """The type to compute in on this CPU, and why if it is not the checkpoint's own ("" if it is).
+
+    16-bit matrix products are emulated where the CPU has no instruction for them, several times
+    slower than float32.
+    """
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if stored == "float32":
+        return torch.float32, ""
+    try:
+        words = set(cpuinfo.read_text(encoding="ascii", errors="replace").split())
+    except OSError:
+        words = set()
+    if stored == "bfloat16" and words & {"avx512_bf16", "amx_bf16"}:
+        return torch.bfloat16, ""
+    return torch.float32, (
+        f"computing in float32 instead of the checkpoint's {stored}: this CPU has no fast "
+        f"{stored} matrix product (AVX512-BF16 or AMX)"
+    )
+
+
+class _Sequence:
+    """A request being computed."""
+
+    def __init__(self, generation: Generation, codec: TextCodec, eos: frozenset[int], limit: int):
+        request = generation.request
+        self.generation = generation
+        self.request: GenerationRequest = request
+        self.cache: Any = None
+        self.read = 0  # prompt tokens in the cache
+        self.output: list[int] = []
+        self.room = limit - len(request.prompt)
+        if request.max_tokens is not None:
+            self.room = min(self.room, request.max_tokens)
+        self.ends = request.stop_token_ids | (frozenset() if request.ignore_eos else eos)
+        self.stream = TokenStream(codec)
+        self.stops = StopStrings(request.stop)
+        self.random = np.random.default_rng(request.sampling.seed)
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if request.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    def next_inputs(self) -> tuple[int, ...]:
+        """The tokens that the model has to read in this turn."""
+        if self.read < len(self.request.prompt):
+            return self.request.prompt[self.read : self.read + PREFILL_CHUNK]
+        return (self.output[-1],)
+
+    def step(self, logits: Floats) -> Event:
+        """Choose a token from the logits (vocabulary,) and say what follows from it."""
+        request = self.request
+        first = None if self.output or not self.prompt_logprobs else tuple(self.prompt_logprobs)
+        if self.room == 0:
+            return Event(None, finish_reason="length", prompt_logprobs=first)
+        token = sampling.sample(logits, request.sampling, request.prompt, self.output, self.random)
+        self.output.append(token)
+        finish: FinishReason | None = None
+        if token in self.ends:
+            text, finish = self.stream.end(), "stop"
+        else:
+            text = self.stream.feed(token)
+            if len(self.output) == self.room:
+                text, finish = text + self.stream.end(), "length"
+        text, stopped = self.stops.feed(text)
+        if stopped:
+            finish = "stop"
+        elif finish:
+            text += self.stops.end()
+        details = None
+        if request.logprobs is not None:
+            details = sampling.logprobs(logits, token, request.logprobs)
+        return Event(token, text, details, finish, first)
+
+
+class TransformersEngine(Engine):
+    """See the module.
+
+    Args:
+        model: in evaluation mode; from now on only the worker touches it.
+        codec: its tokenizer.
+        model_name: the name to serve it under.
+        threads: CPU threads of the worker.
+        max_running: requests that take turns; more wait. Each has a KV cache of its own.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        codec: TextCodec,
+        *,
+        model_name: str,
+        threads: int,
+        max_running: int = 16,
+    ) -> None:
+        config = model.config.get_text_config()
+        self.model_name = model_name
+        self.codec = codec
+        self.vocabulary_size = int(config.vocab_size)
+        known = getattr(config, "max_position_embeddings", None)
+        if known is None:
+            print(
+                f"serve: config.json names no max_position_embeddings; using {DEFAULT_MAX_LENGTH}",
+                file=sys.stderr,
+            )
+        self.max_length = int(known or DEFAULT_MAX_LENGTH)
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.description = f"{dtype}, {threads} threads, maximum length {self.max_length}"
+        self._eos = _end_tokens(model, codec)
+        self._model = model
+        self._short_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._threads = threads
+        self._max_running = max_running
+        self._waiting: deque[Generation] = deque()
+        self._running: deque[_Sequence] = deque()
+        self._changed = threading.Condition()
+        self._refusing: str | None = None
+        self._deadline = float("inf")
+        self._worker = threading.Thread(target=self._work, name="secateur-engine", daemon=True)
+        self._worker.start()
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Queue a request; see `Engine.submit`."""
+        check_request(request, self)
+        generation = Generation(request)
+        with self._changed:
+            if self._refusing is not None:
+                raise EngineUnavailable(self._refusing)
+            self._waiting.append(generation)
+            self._changed.notify()
+        return generation
+
+    def stats(self) -> EngineStats:
+        """How busy the engine is now."""
+        with self._changed:
+            waiting = sum(not generation.cancelled for generation in self._waiting)
+            return EngineStats(len(self._running), waiting)
+
+    def unavailable(self) -> str | None:
+        """Why the engine takes no requests, or None."""
+        return self._refusing
+
+    def drain(self, seconds: float) -> None:
+        """Take no more requests; see `Engine.drain`."""
+        # No lock: this is called by signal handlers, which may interrupt a thread that holds it.
+        self._refusing = self._refusing or "the server is shutting down"
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def close(self) -> None:
+        """Abort everything and end the worker."""
+        self.drain(0.0)
+        with self._changed:
+            self._changed.notify()
+        self._worker.join()
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._threads)  # also a property of the calling thread
+        try:
+            with torch.inference_mode():
+                while self._admit():
+                    self._turn()
+        except BaseException as fault:
+            self._refusing = f"the engine's worker died: {type(fault).__name__}: {fault}"
+            print(f"serve: {self._refusing}", file=sys.stderr)
+            self._fail_all()
+
+    def _admit(self) -> bool:
+        """Wait for something to do; False when the engine is to end."""
+        with self._changed:
+            while not self._waiting and not self._running:
+                if time.monotonic() >= self._deadline:
+                    return False
+                self._changed.wait()
+            if time.monotonic() >= self._deadline:
+                for generation in (*self._waiting, *(one.generation for one in self._running)):
+                    generation.deliver(Event(None, finish_reason="abort"))
+                self._waiting.clear()
+                self._running.clear()
+                return True
+            while self._waiting and len(self._running) < self._max_running:
+                generation = self._waiting.popleft()
+                if not generation.cancelled:
+                    self._running.append(
+                        _Sequence(generation, self.codec, self._eos, self.max_length)
+                    )
+        return True
+
+    def _fail_all(self) -> None:
+        with self._changed:
+            for generation in (*self._waiting, *(one.generation for one in self._running)):
+                generation.deliver(GenerationFault(str(self._refusing)))
+            self._waiting.clear()
+            self._running.clear()
+
+    def _turn(self) -> None:
+        """One piece of work for the request whose turn it is."""
+        if not self._running:
+            return
+        sequence = self._running[0]
+        generation = sequence.generation
+        outcome: Event | GenerationFault | None = None
+        ended = generation.cancelled
+        if not ended:
+            if generation.started is None:
+                generation.started = time.monotonic()
+            try:
+                outcome = self._advance(sequence)
+                ended = outcome is not None and outcome.finish_reason is not None
+            except Exception as fault:  # whatever it was, it concerns this request only
+                print("serve: a request failed:", file=sys.stderr)
+                traceback.print_exception(fault)
+                outcome, ended = GenerationFault(f"{type(fault).__name__}: {fault}"), True
+        with self._changed:
+            self._running.popleft()
+            if not ended:
+                self._running.append(sequence)
+        if outcome is not None:  # only now: who reads it may look at stats()
+            generation.deliver(outcome)
+
+    def _advance(self, sequence: _Sequence) -> Event | None:
+        """Let the model read the next inputs; an event once the prompt is read."""
+        inputs = sequence.next_inputs()
+        prompt = sequence.request.prompt
+        prefill = sequence.read < len(prompt)
+        score = prefill and sequence.prompt_logprobs is not None
+        options = {} if score or not self._short_logits else {"logits_to_keep": 1}
+        answer = self._model(
+            input_ids=torch.tensor([inputs], device=self._model.device),
+            past_key_values=sequence.cache,
+            use_cache=True,
+            **options,
+        )
+        sequence.cache = answer.past_key_values
+        logits: torch.Tensor = answer.logits[0].float()
+        if score:
+            self._score_prompt(sequence, logits)
+        if prefill:
+            sequence.read += len(inputs)
+            if sequence.read < len(prompt):
+                return None
+        return sequence.step(logits[-1].numpy(force=True)[: self.vocabulary_size])
+
+    def _score_prompt(self, sequence: _Sequence, logits: torch.Tensor) -> None:
+        """Note the log-probabilities of the prompt tokens that follow the ones just read."""
+        prompt, scored = sequence.request.prompt, sequence.prompt_logprobs
+        following = prompt[sequence.read + 1 : sequence.read + 1 + len(logits)]
+        table = torch.log_softmax(logits[: len(following)], dim=-1)
+        count = min(sequence.request.prompt_logprobs or 0, table.shape[-1])
+        best = torch.topk(table, count, dim=-1)
+        tops, ids = best.values.tolist(), best.indices.tolist()
+        assert scored is not None
+        for row, token in enumerate(following):
+            top = tuple(zip(ids[row], tops[row], strict=True))
+            scored.append(TokenLogprobs(token, float(table[row, token]), top))
+
+
+def _end_tokens(model: PreTrainedModel, codec: TextCodec) -> frozenset[int]:
+    """The tokens after which the model itself says that the text is over."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None:
+        ends = codec.eos_token_id
+    if ends is None:
+        return frozenset()
+    return frozenset(ends if isinstance(ends, list) else [ends])

@@ -1,0 +1,172 @@
+"""``secateur inspect``, ``doctor`` and ``formats``: what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from secateur.cli import Json, app, emit
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, Argument(help="A dense, pruned or packed model directory.")],
+    layers: Annotated[bool, Option("--layers", help="Show every layer, not kinds.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what is in a model directory: patterns, zeros and bytes, layer by layer."""
+    facts = _inspect(directory)
+    if json:
+        emit(facts)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("linear", "layers", "pattern", "zeros", "MB", "of dense", box=None)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, layer in facts["layers"].items():
+        groups.setdefault(name if layers else name.rpartition(".")[2], []).append(layer)
+    for group, members in groups.items():
+        weights = sum(layer["shape"][0] * layer["shape"][1] for layer in members)
+        zeros = sum(layer["zeros"] * layer["shape"][0] * layer["shape"][1] for layer in members)
+        size = sum(layer["bytes"] for layer in members)
+        dense = sum(layer["dense_bytes"] for layer in members)
+        table.add_row(
+            group,
+            str(len(members)),
+            ", ".join(sorted({layer["pattern"] for layer in members})),
+            f"{100 * zeros / weights:.2f} %",
+            f"{size / 1e6:.2f}",
+            f"{size / dense:.3f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{facts['kind']} {facts['architecture']}, {facts['bytes'] / 1e6:.1f} MB of weights in "
+        f"{facts['files']} files",
+        soft_wrap=True,
+    )
+    for note in facts["notes"]:
+        console.print(f"note: {note}", soft_wrap=True)
+
+
+def _inspect(directory: Path) -> dict[str, Any]:
+    from secateur.artifact import MANIFEST, Manifest
+    from secateur.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(directory)
+    known = Manifest.read(directory) if (directory / MANIFEST).exists() else None
+    layers = {}
+    if known is None or not known.layers:
+        layers = _measured(checkpoint)
+    else:
+        for name, layer in known.layers.items():
+            layers[name] = {
+                "shape": list(layer.shape),
+                "pattern": layer.pattern,
+                "zeros": layer.sparsity,
+                "bytes": layer.bytes,
+                "dense_bytes": layer.dense_bytes,
+                "relative_error": layer.relative_error,
+                "kept_dense": layer.kept_dense,
+            }
+    return {
+        "directory": str(directory),
+        "kind": known.kind if known else "dense",
+        "architecture": checkpoint.config.get("model_type", "unknown"),
+        "files": len(checkpoint.files),
+        "bytes": sum(file.stat().st_size for file in checkpoint.files),
+        "layers": layers,
+        "notes": known.notes if known else [],
+        "source": known.source if known else None,
+        "recipe": known.recipe if known else None,
+    }
+
+
+def _measured(checkpoint: Any) -> dict[str, dict[str, Any]]:
+    """Count the zeros of every linear in the blocks of a directory without a manifest."""
+    from secateur.model import architecture_of
+
+    inside = architecture_of(checkpoint.config).blocks + "."
+    layers = {}
+    for name in checkpoint.names():
+        shape = checkpoint.shape(name)
+        if name.startswith(inside) and name.endswith("_proj.weight") and len(shape) == 2:
+            weight = checkpoint.load(name)
+            layers[name.removesuffix(".weight")] = {
+                "shape": list(shape),
+                "pattern": "dense",
+                "zeros": float((weight == 0).float().mean()),
+                "bytes": checkpoint.nbytes(name),
+                "dense_bytes": checkpoint.nbytes(name),
+            }
+    return layers
+
+
+@app.command()
+def formats(json: Json = False) -> None:
+    """List the formats that `secateur compile` writes."""
+    from secateur.compile import FORMATS
+
+    if json:
+        emit([{"name": name, "summary": form.description} for name, form in FORMATS.items()])
+        return
+    for name, form in FORMATS.items():
+        print(f"{name:10} {form.description}")
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what this machine can do: libraries, CPU, GPU, kernels, each with its reason."""
+    facts = _diagnosis()
+    if json:
+        emit(facts)
+        return
+    for name, says in facts.items():
+        print(f"{name:14} {says}")
+
+
+def _diagnosis() -> dict[str, str]:
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
+
+    import torch
+
+    import secateur
+    from secateur.device import choose_dtype, cpu_name
+
+    def installed(name: str, extra: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return f"not installed: {extra}"
+
+    try:
+        from secateur.compile._kernels import cpu_features
+
+        kernels = f"native module built; this CPU offers {', '.join(cpu_features()) or 'no SIMD'}"
+    except ImportError as fault:
+        kernels = f"no native module ({fault}): install again with a C++17 compiler present"
+    gpu = f"none: torch {torch.__version__} sees no CUDA device"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        gpu = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
+    dtype, reason = choose_dtype("auto", torch.device("cpu"))
+    facts = {
+        "secateur": secateur.__version__,
+        "python": platform.python_version(),
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
+        "cpu compute": f"{dtype} ({reason})",
+        "kernels": kernels,
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "datasets": installed("datasets", "data sets from the hub need `secateur[data]`"),
+    }
+    if find_spec("vllm") is not None:
+        facts["vllm"] = "installed; secateur has no plug-in for it yet"
+    return facts

@@ -1,0 +1,199 @@
+"""``secateur run``: all stages of one recipe, each skipped if it is done already."""
+
+from __future__ import annotations
+
+import json as json_module
+import signal
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from secateur.cli import Json, app, emit
+from secateur.errors import EnvironmentFault, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from secateur.recipe import Recipe
+
+_QUESTION = "What is pruning?"
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, Argument(help="Recipe file; docs/recipes.md lists the keys.")],
+    set_: Annotated[
+        list[str] | None, Option("--set", help="Change a key: prune.pattern=4:8; repeatable.")
+    ] = None,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace results of another recipe.")
+    ] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    json: Json = False,
+) -> None:
+    """Prune, compile, serve and measure a model as a recipe says; goes on where it stopped."""
+    from secateur.recipe import load_recipe
+
+    chosen = load_recipe(recipe, set_)
+    summary = _Run(chosen, overwrite, quiet).all_stages()
+    if json:
+        emit(summary)
+    else:
+        from rich.console import Console
+
+        from secateur.bench import render_summary
+
+        console = Console()
+        console.print(render_summary(summary))
+        console.print(f"everything is in {chosen.output}", soft_wrap=True)
+
+
+class _Run:
+    """One recipe on its way through the stages, all under ``recipe.output``."""
+
+    def __init__(self, recipe: Recipe, overwrite: bool, quiet: bool) -> None:
+        self.recipe = recipe
+        self.overwrite = overwrite
+        self.quiet = quiet
+        self.output = Path(recipe.output)
+
+    def all_stages(self) -> dict[str, Any]:
+        """Run what is not done yet; the summary dense against sparse."""
+        from secateur.source import resolve_model
+
+        self._say(f"model: {self.recipe.model}")
+        source = resolve_model(self.recipe.model, self.output / "source")
+        pruned = self._prune(source)
+        packed = self._compile(pruned, "packed")
+        dense = source
+        if self.recipe.compile.values is not None:
+            dense = self._compile(source, "dense")
+        self._serve_once(packed)
+        return self._bench(dense, packed)
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            print(f"== {line}", file=sys.stderr, flush=True)
+
+    def _prune(self, source: Path) -> Path:
+        from secateur.cli.prune_command import show_pruned
+        from secateur.prune import prune_model
+
+        recipe, output = self.recipe, self.output / "pruned"
+        wanted = {
+            "calibration": recipe.calibration.model_dump(),
+            "prune": recipe.prune.model_dump(mode="json"),
+        }
+        if self._is_done(output, wanted):
+            return output
+        self._say(f"prune: {recipe.prune.method}, {recipe.prune.pattern} → {output}")
+        result = prune_model(
+            str(source),
+            output,
+            recipe.prune,
+            recipe.calibration,
+            overwrite=self.overwrite,
+            quiet=self.quiet,
+        )
+        if not self.quiet:
+            show_pruned(result, sys.stderr)
+        return output
+
+    def _compile(self, model: Path, form: str) -> Path:
+        from secateur.compile import FORMATS
+
+        output, values = self.output / form, self.recipe.compile.values
+        wanted = {"compile": {"format": form, "values": values}}
+        if form == "packed":
+            from secateur.artifact import Manifest
+
+            wanted |= Manifest.read(model).recipe
+        if self._is_done(output, wanted):
+            return output
+        self._say(f"compile: {form}, values {values or 'as they are'} → {output}")
+        FORMATS[form].write(model, output, values=values, overwrite=self.overwrite)
+        return output
+
+    def _is_done(self, output: Path, wanted: dict[str, Any]) -> bool:
+        from secateur.artifact import MANIFEST, Manifest, differences
+
+        if not (output / MANIFEST).exists():
+            return False
+        found = Manifest.read(output).recipe
+        if found == wanted:
+            self._say(f"{output} is there already")
+            return True
+        if self.overwrite:
+            return False
+        raise UsageError(
+            f"{output} was made by another recipe: {'; '.join(differences(found, wanted))}",
+            "pass --overwrite to make it anew, or give another output",
+        )
+
+    def _serve_once(self, model: Path) -> None:
+        """Start the endpoint, ask one question over HTTP, show the answer, stop the endpoint."""
+        from secateur.model import load_tokenizer
+
+        self._say(f"serve: {model}")
+        chat = load_tokenizer(model).chat_template is not None  # base models only complete text
+        body: dict[str, Any] = {"model": model.name, "max_tokens": 32, "temperature": 0}
+        if chat:
+            body["messages"] = [{"role": "user", "content": _QUESTION}]
+        else:
+            body["prompt"] = _QUESTION
+        with _endpoint(model, self.recipe) as address:
+            request = urllib.request.Request(
+                f"{address}/v1/{'chat/' if chat else ''}completions",
+                json_module.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=300) as response:
+                choice = json_module.load(response)["choices"][0]
+        answer = choice["message"]["content"] if chat else choice["text"]
+        self._say(f"asked over HTTP: {_QUESTION}\n   answered: {answer.strip()!r}")
+
+    def _bench(self, dense: Path, packed: Path) -> dict[str, Any]:
+        from secateur.bench import measure_accuracy, measure_latency, summarise
+        from secateur.checkpoint import write_json
+        from secateur.progress import progress
+
+        wanted, folder = self.recipe.bench, self.output / "bench"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._say("bench: accuracy")
+        with progress("windows", self.quiet) as tick:
+            accuracy = measure_accuracy([packed], wanted.accuracy, against=dense, progress=tick)
+        write_json(folder / "accuracy.json", accuracy.to_json())
+        self._say("bench: latency, dense and sparse taking turns")
+        with progress("rounds", self.quiet) as tick:
+            latency = measure_latency([packed], wanted.latency, against=dense, progress=tick)
+        write_json(folder / "latency.json", latency.to_json())
+        summary = summarise(dense, packed, accuracy, latency)
+        write_json(self.output / "summary.json", summary)
+        return summary
+
+
+@contextmanager
+def _endpoint(model: Path, recipe: Recipe) -> Iterator[str]:
+    """A running `secateur serve` on a free port; yields its address."""
+    command = [sys.executable, "-m", "secateur", "serve", str(model), "--port", "0"]
+    command += ["--engine", recipe.serve.engine]
+    if recipe.serve.threads is not None:
+        command += ["--threads", str(recipe.serve.threads)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            ready = process.stdout.readline()
+            addresses = [word for word in ready.split() if word.startswith("http://")]
+            if not addresses:
+                raise EnvironmentFault(
+                    f"the endpoint did not start: {ready.strip() or 'it ended without a word'}",
+                    f"run `secateur serve {model}` to see why",
+                )
+            yield addresses[0]
+        finally:
+            process.send_signal(signal.SIGTERM)

@@ -1,0 +1,65 @@
+"""Where to compute, and in which type: one rule for all stages."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secateur.errors import EnvironmentFault, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of a flag: 'auto' is CUDA where there is one.
+
+    Raises:
+        UsageError: no device has this name.
+        EnvironmentFault: CUDA is asked for and absent.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"there is no device {device!r}", "use auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentFault("this machine has no CUDA device", "use --device cpu")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
+    """The compute type of a flag, and why: 'auto' is the fastest that the device computes in.
+
+    Raises:
+        UsageError: the type is not known.
+    """
+    if dtype in DTYPES:
+        return dtype, ""
+    if dtype != "auto":
+        raise UsageError(f"unknown dtype {dtype!r}", did_you_mean(dtype, ("auto", *DTYPES)))
+    if device.type == "cuda":
+        return "bfloat16", "computed in bfloat16, the default on CUDA"
+    if _BF16_FLAGS & set(cpu_facts().get("flags", "").split()):
+        return "bfloat16", "computed in bfloat16: this CPU multiplies it in hardware"
+    return "float32", "computed in float32: this CPU has no bfloat16 arithmetic (AVX512-BF16, AMX)"
+
+
+def cpu_facts() -> dict[str, str]:
+    """The first processor's entries in ``/proc/cpuinfo``; empty where there is no such file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
+
+
+def cpu_name() -> str:
+    """The name of the processor."""
+    return cpu_facts().get("model name") or platform.processor() or platform.machine()

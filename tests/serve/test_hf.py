@@ -1,0 +1,267 @@
+"""Packed models in transformers: loading, saving, dequantizing, refusing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from secateur.compile import pack_model
+from secateur.errors import ModelError
+from secateur.model import load_causal_lm
+from secateur.serve.hf import SparseLinear
+
+_AT = Path(__file__).resolve().parents[1] / "compile" / "conftest.py"
+_SPEC = importlib.util.spec_from_file_location("pruned_by_hand", _AT)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+by_hand = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(by_hand)
+
+LAYER = "model.layers.1.mlp.down_proj"
+BITS, VALUES = f"{LAYER}.weight_bitmask", f"{LAYER}.weight_values"
+TOKENS = torch.tensor([[1, 5, 9, 33, 60, 2], [7, 7, 21, 0, 3, 63]])
+MODELS = {
+    "llama": {"pattern": "2:4"},
+    "odd": {"pattern": "2:4", "hidden": 36, "inner": 44},
+    "qwen2": {"pattern": "50%", "kind": "qwen2"},
+    "blocks": {"pattern": "50%@16x1", "kind": "qwen2", "tied": True},
+    "tied": {"pattern": "4:16", "tied": True, "shard": "40KB", "dense": ("k_proj",)},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Each model of MODELS as (pruned, packed) directories."""
+    folder = tmp_path_factory.mktemp("hf")
+    pairs = {}
+    for name, how in MODELS.items():
+        pruned = by_hand.prune_by_hand(folder / f"{name}-pruned", **how)
+        pack_model(pruned, folder / f"{name}-packed")
+        pairs[name] = (pruned, folder / f"{name}-packed")
+    return pairs
+
+
+@pytest.fixture
+def packed(made: dict[str, tuple[Path, Path]], tmp_path: Path) -> Path:
+    """A copy of the packed "odd" model to damage."""
+    return Path(shutil.copytree(made["odd"][1], tmp_path / "packed"))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    return {
+        k: v for file in directory.glob("model*.safetensors") for k, v in load_file(file).items()
+    }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "auto"])
+def test_logits_are_those_of_the_pruned_model(
+    made: dict[str, tuple[Path, Path]], name: str, dtype: Any
+) -> None:
+    pruned, packed = made[name]
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=dtype)
+    dense = AutoModelForCausalLM.from_pretrained(pruned, dtype=dtype)
+    assert torch.equal(logits(model), logits(dense))
+    assert model.dtype == dense.dtype
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(sparse) == (12 if name == "tied" else 14)
+    for module in sparse:
+        assert module.weight_bitmask.dtype == torch.uint8
+        assert module.weight_values.dtype == dense.dtype
+        assert not module.weight_values.requires_grad
+
+
+@pytest.mark.parametrize("values", ["bf16", "fp16"])
+def test_converted_values_equal_the_pruned_model_in_that_type(
+    made: dict[str, tuple[Path, Path]], tmp_path: Path, values: Any
+) -> None:
+    pruned = made["qwen2"][0]
+    pack_model(pruned, tmp_path / "packed", values=values)
+    model = load_causal_lm(tmp_path / "packed")
+    assert model.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[values]
+    assert torch.equal(logits(model), logits(load_causal_lm(pruned, model.dtype)))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_save_and_reload_keeps_the_packed_form(
+    made: dict[str, tuple[Path, Path]], tmp_path: Path, name: str
+) -> None:
+    packed = made[name][1]
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "again")
+    assert same(stored(packed), stored(tmp_path / "again"))
+    before, after = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (packed, tmp_path / "again")
+    )
+    assert before == after
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(model), logits(again))
+
+
+def test_a_cast_model_saves_what_it_holds(
+    made: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(made["llama"][1], dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(logits(model), logits(again))
+    with pytest.raises(ModelError, match="not all fp32"):
+        model.to(torch.float64).save_pretrained(tmp_path / "wide")
+
+
+def test_the_bare_decoder_saves_and_loads(
+    made: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    pruned, packed = made["llama"]
+    bare = AutoModel.from_pretrained(packed)
+    with torch.no_grad():
+        wanted = AutoModel.from_pretrained(pruned)(TOKENS).last_hidden_state
+        assert torch.equal(bare(TOKENS).last_hidden_state, wanted)
+        bare.save_pretrained(tmp_path / "bare")
+        again = AutoModel.from_pretrained(tmp_path / "bare")
+        assert torch.equal(again(TOKENS).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("how", ["method", "flag"])
+@pytest.mark.parametrize("name", ["qwen2", "tied"])
+def test_dequantized_models_are_ordinary(
+    made: dict[str, tuple[Path, Path]], tmp_path: Path, name: str, how: str
+) -> None:
+    pruned, packed = made[name]
+    if how == "method":
+        model = AutoModelForCausalLM.from_pretrained(packed)
+        model.dequantize()
+    else:
+        config = AutoConfig.from_pretrained(packed)
+        config.quantization_config["dequantize"] = True
+        model = AutoModelForCausalLM.from_pretrained(packed, config=config)
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
+    assert type(model.get_submodule(LAYER)) is nn.Linear
+    dense = AutoModelForCausalLM.from_pretrained(pruned)
+    assert torch.equal(logits(model), logits(dense))
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    assert same(stored(pruned), stored(tmp_path / "dense"))
+
+
+def test_dequantize_to_another_type(made: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    pruned, packed = made["qwen2"]
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "again")  # leaves config.dtype a string
+    model.dequantize(dtype=torch.bfloat16)
+    wanted = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.bfloat16)
+    assert torch.equal(logits(model), logits(wanted))
+    other = AutoModelForCausalLM.from_pretrained(packed)
+    other.save_pretrained(tmp_path / "again")
+    other.dequantize()
+    assert other.dtype == torch.float32
+
+
+def test_generation_and_printing(made: dict[str, tuple[Path, Path]]) -> None:
+    pruned, packed = made["llama"]
+    model, dense = load_causal_lm(packed), load_causal_lm(pruned)
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(TOKENS)
+    written = model.generate(TOKENS, attention_mask=mask, **asked)
+    assert torch.equal(written, dense.generate(TOKENS, attention_mask=mask, **asked))
+    assert "SparseLinear(in_features=64, out_features=48, bias=False, pattern=2:4)" in str(model)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "said"),
+    [
+        (BITS, lambda t: t.pop(BITS), "no tensor"),
+        (VALUES, lambda t: t.pop(VALUES), "no tensor"),
+        (BITS, lambda t: t.update({BITS: t[BITS] & ~1}), "bits are set for 792 values"),
+        (BITS, lambda t: t.update({BITS: t[BITS] | 128}), "past the last column"),
+        (BITS, lambda t: t.update({BITS: t[BITS].to(torch.int8)}), "type I8, not U8"),
+        (VALUES, lambda t: t.update({VALUES: t[VALUES].half()}), "type F16, not F32"),
+        (VALUES, lambda t: t.update({VALUES: t[VALUES][1:]}), "shape"),
+    ],
+)
+def test_damaged_tensors_are_refused_by_name(
+    packed: Path, tensor: str, change: Any, said: str
+) -> None:
+    by_hand.rewrite(packed, change, "model.safetensors")
+    with pytest.raises(ModelError, match=said) as refused:
+        AutoModelForCausalLM.from_pretrained(packed)
+    assert tensor in refused.value.what
+
+
+@pytest.mark.parametrize(
+    ("layer", "entry", "said"),
+    [
+        (LAYER, {"shape": [36, 48]}, "row 0 keeps 0 of the columns 44 to 47|shape"),
+        ("model.layers.7.mlp.down_proj", {}, "no tensor 'model.layers.7"),
+        (LAYER, {"pattern": "2:5"}, "does not fit"),
+    ],
+)
+def test_a_config_that_lies_is_refused(packed: Path, layer: str, entry: Any, said: str) -> None:
+    path = packed / "config.json"
+    config = json.loads(path.read_text())
+    layers = config["quantization_config"]["layers"]
+    layers[layer] = layers[LAYER] | entry
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=said):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_layers_that_the_model_does_not_have(packed: Path) -> None:
+    state = stored(packed)
+    config = AutoConfig.from_pretrained(packed)
+    config.num_hidden_layers = 1
+    with pytest.raises(ModelError, match=r"'model\.layers\.1\.\S+' .* no such module"):
+        transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
+
+
+ORDERS = {
+    "secateur first": "import secateur; from transformers import AutoModelForCausalLM as A",
+    "transformers first": "from transformers import AutoModelForCausalLM as A; import secateur",
+    "plug-in, twice": "import importlib, secateur.serve.hf as hf; importlib.reload(hf); "
+    "from transformers import AutoModelForCausalLM as A",
+}
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_import_orders(made: dict[str, tuple[Path, Path]], order: str) -> None:
+    open_it = f"model = A.from_pretrained({str(made['llama'][1])!r})"
+    script = f"{ORDERS[order]}; {open_it}; print(type(model.model.layers[0].mlp.up_proj))"
+    ran = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "<class 'secateur.serve.hf.SparseLinear'>"
+
+
+def test_import_secateur_alone_is_cheap() -> None:
+    script = "import secateur, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False", "False"]
