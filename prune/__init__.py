@@ -1,19 +1,24 @@
 """The prune stage: which weights go, and what the others become."""
 
-from secateur.prune.method import Method, Problem, Solution
-from secateur.prune.methods import METHODS, find_method
+from secateur.prune.layer import LayerResult, prune_layer
+from secateur.prune.method import Method, Problem, Refinement, Solution
+from secateur.prune.methods import METHODS, REFINEMENTS, find_method
 from secateur.prune.plan import LayerPlan, Plan
 from secateur.prune.stage import PruneResult, plan, prune_model
 
 __all__ = [
     "METHODS",
+    "REFINEMENTS",
     "LayerPlan",
+    "LayerResult",
     "Method",
     "Plan",
     "Problem",
     "PruneResult",
+    "Refinement",
     "Solution",
     "find_method",
     "plan",
+    "prune_layer",
     "prune_model",
 ]

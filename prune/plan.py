@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from secateur.errors import ModelError, UsageError
 from secateur.model import StreamedModel
 from secateur.pattern import Pattern
+from secateur.prune.methods import find_method
 from secateur.recipe import Calibration, Prune
 
 if TYPE_CHECKING:
@@ -68,10 +69,11 @@ def plan_model(model: StreamedModel, prune: Prune, calibration: Calibration) -> 
     """Decide for every linear in the decoder blocks what will be done to it.
 
     Raises:
-        UsageError: a layer rule matches nothing; or, with ``strict``, a layer cannot hold its
-            pattern.
+        UsageError: an unknown method; a layer rule matches nothing; or, with ``strict``, a layer
+            cannot hold its pattern.
         ModelError: the checkpoint lacks a layer's weight.
     """
+    method = find_method(prune.method, prune.settings)
     layers = []
     for index in range(len(model.blocks)):
         for name, linear in model.linears(index).items():
@@ -93,7 +95,7 @@ def plan_model(model: StreamedModel, prune: Prune, calibration: Calibration) -> 
         layers=layers,
         blocks=len(model.blocks),
         total_weights=sum(_count(checkpoint, name) for name in checkpoint.names()),
-        peak_bytes=_peak_bytes(model, calibration),
+        peak_bytes=_peak_bytes(model, calibration, gram="gram" in method.needs),
     )
 
 
@@ -124,19 +126,21 @@ def _count(checkpoint: Checkpoint, name: str) -> int:
     return count
 
 
-def _peak_bytes(model: StreamedModel, calibration: Calibration) -> int:
-    """One block in fp32 twice, the hidden states of all samples, and one sample's activations."""
-    block = max(
-        sum(_count(model.checkpoint, name) for name in model.tensor_names(index))
-        for index in range(len(model.blocks))
-    )
+def _peak_bytes(model: StreamedModel, calibration: Calibration, gram: bool) -> int:
+    """What the walk holds at its largest.
+
+    One block in fp32 twice, the hidden states of all samples, one sample's activations, and with
+    ``gram`` the Gram matrix of every linear's inputs.
+    """
+    widths: list[int] = []
+    blocks = []
+    for index in range(len(model.blocks)):
+        shapes = [linear.weight.shape for linear in model.linears(index).values()]
+        weights = sum(_count(model.checkpoint, name) for name in model.tensor_names(index))
+        grams = sum(width**2 for width in {shape[1] for shape in shapes}) if gram else 0
+        blocks.append(2 * weights + 2 * grams)
+        widths += [max(shape) for shape in shapes]
     outside = sum(_count(model.checkpoint, name) for name in model.tensor_names(None))
-    width = int(model.module.config.hidden_size)
-    tokens = calibration.samples * calibration.length
-    widest = max(
-        max(linear.weight.shape)
-        for index in range(len(model.blocks))
-        for linear in model.linears(index).values()
-    )
-    sample = calibration.length * widest * 8
-    return 4 * max(outside, 2 * block + tokens * width + sample)
+    states = calibration.samples * calibration.length * int(model.module.config.hidden_size)
+    sample = calibration.length * max(widths) * 8
+    return 4 * max(outside, max(blocks) + states + sample)

@@ -89,7 +89,12 @@ def prune_model(
         ModelError: a model or text that is missing, damaged or unsupported.
     """
     prune, calibration = prune or Prune(), calibration or Calibration()
-    method = find_method(prune.method)
+    method = find_method(prune.method, prune.settings)
+    if "gradients" in method.needs:
+        raise UsageError(
+            f"{method.name!r} needs gradients, which `secateur prune` does not compute yet",
+            "use another method; `secateur layer` takes gradients from a file",
+        )
     refuse_existing(Path(output), overwrite)
     streamed = _open(model, prune, cache)
     plan = plan_model(streamed, prune, calibration)
@@ -168,7 +173,8 @@ class _Work:
         first, blocks = self.first_unfinished(), self.plan.blocks
         if first == blocks:
             return
-        walk = Walk(self.model, tokens) if tokens is not None else None
+        needs = self.method.needs
+        walk = Walk(self.model, tokens, needs) if tokens is not None else None
         with progress("pruning blocks", quiet) as tick:
             for block in range(blocks):
                 if block >= first:

@@ -13,8 +13,8 @@ A swap is made only if Δ < 0, so the error falls with every swap and the number
 comes back has its dense value.
 
 - N:M: groups from left to right, in each the best swap, all rows at once; sweeps until no group has
-  one. A sweep costs as much as one product of W and G. The first sweeps
-  take only swaps that lower a row's error by a tenth, by a thirtieth …: the best go first.
+  one. A sweep costs as much as one product of W and G. The first sweeps take only swaps that lower
+  a row's error by a tenth, by a thirtieth …: the best go first.
 - ``P%``: in each row the ``candidates`` kept weights of lowest a_p and as many removed ones of
   lowest b_u; among these the best exact swap until there is none; then new candidates, until they
   have none. With at least as many candidates as columns no improving swap is left at all.
@@ -134,9 +134,10 @@ class _Part:
         square = self.gram.diagonal()
         removal = (2 * self.now * self.slope + self.now.square() * square).sum(dim=1)
         revival = (self.target.square() * square - 2 * self.target * self.slope).sum(dim=1)
-        fewest = int(self.kept.sum(dim=1).min())
-        most = int(self.kept.sum(dim=1).max())
-        ends = min(candidates, fewest), min(candidates, self.kept.shape[1] - most)
+        most = int(self.kept.sum(dim=1).max()), int((~self.kept).sum(dim=1).max())
+        ends = min(candidates, most[0]), min(candidates, most[1])
+        if 0 in ends:
+            return torch.zeros(len(self.now), dtype=torch.int64, device=self.now.device)
         removal = removal.masked_fill(~self.kept, torch.inf)
         revival = revival.masked_fill(self.kept, torch.inf)
         chosen = [
@@ -156,8 +157,11 @@ class _Part:
             most=self.now.shape[2],
             split=ends[0],
         )
-        self.now.scatter_(2, wide, new)
-        self.kept.scatter_(1, at, kept)
+        # Sums, as a row with few kept (or removed) weights has some columns among both candidates;
+        # only one of the two can have moved.
+        self.now.scatter_add_(2, wide, new - old)
+        moved = (kept != self.kept.gather(1, at)).long()
+        self.kept ^= torch.zeros_like(self.kept, dtype=torch.int64).scatter_add_(1, at, moved) > 0
         return count
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command does, before torch is loaded
 
 import pytest
 import torch

@@ -52,7 +52,12 @@ class Calibration(Section):
 class Prune(Section):
     """Which weights go."""
 
-    method: str = Field("wanda", description="See `secateur methods`.")
+    method: str = Field(
+        "wanda", description="A method and its refinements, joined by +; see `secateur methods`."
+    )
+    settings: dict[str, bool | int | float | str] = Field(
+        {}, description="Settings of the method's steps, e.g. {dsnot.cycles: 50}."
+    )
     pattern: Pattern = Field(Pattern.parse("2:4"), description="See `secateur prune --help`.")
     layers: tuple[LayerRule, ...] = Field((), description="Exceptions by layer name.")
     strict: bool = Field(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from secateur.statistics import InputStatistics
+from secateur.statistics import InputStatistics, Need
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +28,19 @@ class Walk:
     Args:
         model: the streamed model.
         tokens: ``[samples, length]`` token ids.
+        needs: what to collect of the inputs of each linear.
     """
 
-    def __init__(self, model: StreamedModel, tokens: torch.Tensor) -> None:
+    def __init__(
+        self,
+        model: StreamedModel,
+        tokens: torch.Tensor,
+        needs: frozenset[Need] = frozenset({"norms"}),
+    ) -> None:
         import torch
 
         self.model = model
+        self.needs = needs
         self._kwargs: list[dict[str, Any]] = []
         model.load_outside()
         with torch.no_grad():
@@ -85,7 +92,7 @@ class Walk:
                     shared = [known for tensor, known in seen if tensor is states]
                     if not shared:
                         leaders.add(name)
-                        shared = [InputStatistics(states.shape[-1], self.samples, states.device)]
+                        shared = [self._statistics(states)]
                         seen.append((states, shared[0]))
                     statistics[name] = shared[0]
                 if name in leaders:
@@ -114,6 +121,9 @@ class Walk:
         with torch.no_grad():
             for number, states in enumerate(self._states):
                 self._states[number] = self._run(index, states)
+
+    def _statistics(self, states: torch.Tensor) -> InputStatistics:
+        return InputStatistics(states.shape[-1], self.samples, states.device, self.needs)
 
     @property
     def samples(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from secateur.errors import UsageError
+from secateur.prune.method import Method, Refinement
 from secateur.prune.methods import METHODS, REFINEMENTS, find_method, gradient_norm
 
 
@@ -68,7 +69,8 @@ def test_the_norm_of_the_gradients_is_known_before_they_are_collected() -> None:
 
 
 def test_every_setting_is_described() -> None:
-    for step in [*METHODS.values(), *REFINEMENTS.values()]:
+    steps: list[Method | Refinement] = [*METHODS.values(), *REFINEMENTS.values()]
+    for step in steps:
         assert step.summary
         assert step.source
         for name, field in type(step.settings).model_fields.items():

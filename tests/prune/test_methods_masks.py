@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations
 
 import pytest
@@ -29,6 +30,15 @@ CHAINS = [
     "sparsegpt+swaps+lsq",
     "wanda+dsnot+swaps+lsq",
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose time to more threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_problem(
@@ -104,7 +114,7 @@ def test_chunks_cover_all_rows_in_whole_blocks() -> None:
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     pattern=st.sampled_from(PATTERNS),
     rows=st.integers(1, 3),
@@ -129,7 +139,7 @@ def test_wanda_variant_is_exact_over_the_layer_and_uneven_over_rows(pattern: str
     problem = make_problem(32, 80, pattern, 1)
     mask = find_method("wanda", {"wanda.variant": True}).solve(problem).mask
     problem.pattern.check(mask)
-    assert len((~mask).sum(dim=1).unique()) > 1
+    assert len(set(mask.sum(dim=1).tolist())) > 1
 
 
 @pytest.mark.parametrize("chain", CHAINS)

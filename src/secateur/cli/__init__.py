@@ -7,6 +7,7 @@ runs, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -61,6 +62,10 @@ def _fail(fault: SecateurError) -> NoReturn:
 
 def main() -> None:
     """Run the command line; every expected error becomes a sentence and an exit code."""
+    # torch's OpenMP threads wait for each other by spinning, for milliseconds; where a core is
+    # shared with anybody else they then take turns and run ten times slower. Spin for
+    # microseconds, then sleep: as quick on idle cores. Read when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         app()
     except SecateurError as fault:
@@ -90,7 +95,20 @@ def parse_pattern_rules(rules: list[str]) -> list[dict[str, str]]:
     return parsed
 
 
+def parse_settings(pairs: list[str]) -> dict[str, str]:
+    """Read repeated ``--set STEP.KEY=VALUE`` options."""
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or "." not in key:
+            raise UsageError(
+                f"--set {pair!r} is not of the form STEP.KEY=VALUE", "e.g. --set dsnot.cycles=50"
+            )
+        settings[key] = value
+    return settings
+
+
 # Each module adds its commands to `app`; the order here is the order in --help.
 # isort: off
 from secateur.cli import prune_command, compile_command, serve_command  # noqa: E402, F401
-from secateur.cli import bench_command, run_command, inspect_command  # noqa: E402, F401
+from secateur.cli import bench_command, run_command, inspect_command, layer_command  # noqa: E402, F401

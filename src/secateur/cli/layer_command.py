@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from secateur.cli import Json, app, emit
+from secateur.cli import Json, app, emit, parse_settings
 from secateur.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -56,25 +56,12 @@ def layer(
         method,
         pattern,
         compat=compat,  # type: ignore[arg-type]
-        settings=_parse_settings(settings or []),
+        settings=parse_settings(settings or []),
     )
     if json:
         emit(result.model_dump(mode="json"))
     else:
         _show(result)
-
-
-def _parse_settings(pairs: list[str]) -> dict[str, str]:
-    """Read repeated ``--set STEP.KEY=VALUE`` options."""
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or "." not in key:
-            raise UsageError(
-                f"--set {pair!r} is not of the form STEP.KEY=VALUE", "e.g. --set dsnot.cycles=50"
-            )
-        settings[key] = value
-    return settings
 
 
 def _show(result: LayerResult) -> None:

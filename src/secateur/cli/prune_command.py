@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 from typer import Argument, Option
 
-from secateur.cli import Json, app, emit, parse_pattern_rules
+from secateur.cli import Json, app, emit, parse_pattern_rules, parse_settings
 
 if TYPE_CHECKING:
-    from secateur.prune import Plan, PruneResult
+    from secateur.prune import Method, Plan, PruneResult, Refinement
 
 _PATTERN = (
     "N:M keeps N of M, P% removes P percent; with @Rx1 (R = 4, 8, 16) for R rows at once; dense."
@@ -20,7 +20,13 @@ _PATTERN = (
 def prune(
     model: Annotated[str, Argument(help="Model directory, .gguf file or Hugging Face hub name.")],
     output: Annotated[str, Option("--output", "-o", help="Directory to make.")],
-    method: Annotated[str, Option(help="Pruning method; see `secateur methods`.")] = "wanda",
+    method: Annotated[
+        str, Option(help="A method and its refinements, joined by +; see `secateur methods`.")
+    ] = "wanda",
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", help="Setting of a step, e.g. dsnot.cycles=20; repeatable."),
+    ] = None,
     pattern: Annotated[str, Option(help=_PATTERN)] = "2:4",
     layer: Annotated[
         list[str] | None,
@@ -60,6 +66,7 @@ def prune(
         Prune,
         {
             "method": method,
+            "settings": parse_settings(set_ or []),
             "pattern": pattern,
             "layers": parse_pattern_rules(layer or []),
             "strict": strict,
@@ -93,24 +100,34 @@ def prune(
 
 @app.command()
 def methods(json: Json = False) -> None:
-    """List the pruning methods."""
+    """List the pruning methods and the refinements that can follow them."""
     from rich.console import Console
     from rich.table import Table
 
-    from secateur.prune import METHODS
+    from secateur.prune import METHODS, REFINEMENTS
 
+    steps: list[Method | Refinement] = [*METHODS.values(), *REFINEMENTS.values()]
     if json:
         emit(
             [
-                {"name": m.name, "summary": m.summary, "source": m.source, "text": m.needs_text}
-                for m in METHODS.values()
+                {
+                    "name": step.name,
+                    "kind": "refinement" if step.name in REFINEMENTS else "method",
+                    "summary": step.summary,
+                    "source": step.source,
+                    "needs": sorted(step.needs),
+                    "settings": step.settings.model_dump(),
+                }
+                for step in steps
             ]
         )
         return
-    table = Table("method", "what it does", "text", "source", box=None)
-    for m in METHODS.values():
-        table.add_row(m.name, m.summary, "needed" if m.needs_text else "", m.source)
+    table = Table("method", "what it does", "reads", "source", box=None)
+    for step in steps:
+        name = f"+{step.name}" if step.name in REFINEMENTS else step.name
+        table.add_row(name, step.summary, ", ".join(sorted(step.needs)) or "nothing", step.source)
     Console().print(table)
+    print("Chain a method and refinements: --method wanda+swaps+lsq")
 
 
 def _show_plan(plan: Plan) -> None:
