@@ -13,6 +13,7 @@ from secateur.progress import Tick, no_tick
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import Cache
 
 # Short names for the data sets of the pruning papers: repository, configuration, split, files.
 _HUB_SETS = {
@@ -161,13 +162,39 @@ def self_generated(
         for start in range(0, samples, batch):
             now = min(batch, samples - start)
             step = torch.full((now, 1), first, dtype=torch.int64)
-            columns, cache = [step], None
+            columns, cache = [step], _cache(model, length)
             for position in range(length - 1):
                 out = model(step.to(model.device), past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
                 chances = out.logits[:, -1].float().softmax(-1).cpu()
                 step = torch.multinomial(chances, 1, generator=generator)
                 columns.append(step)
                 tick(start * length + now * (position + 2), samples * length)
             rows.append(torch.cat(columns, dim=1))
     return torch.cat(rows)
+
+
+def _cache(model: PreTrainedModel, length: int) -> Cache:
+    """A KV cache that is written in place: transformers' own copies itself at every token."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class Reserved(DynamicLayer):  # type: ignore[misc]
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if not self.is_initialized:
+                batch, heads, _, _ = key_states.shape
+                self.room = [
+                    states.new_empty(batch, heads, length, states.shape[-1])
+                    for states in (key_states, value_states)
+                ]
+                self.lazy_initialization(key_states, value_states)
+            start = self.get_seq_length()
+            end = start + key_states.shape[-2]
+            for room, states in zip(self.room, (key_states, value_states), strict=True):
+                room[:, :, start:end] = states
+            self.keys, self.values = (room[:, :, :end] for room in self.room)
+            return self.keys, self.values
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Reserved() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

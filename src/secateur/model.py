@@ -208,6 +208,7 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype | str = "auto") -> PreTr
     import transformers
 
     Checkpoint(path)  # missing and damaged files: our sentence instead of a traceback
+    transformers.utils.logging.disable_progress_bar()  # loading takes a second or two
     try:
         model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, local_files_only=True

@@ -44,7 +44,7 @@ class Calibration(Section):
         "language reference, from the interpreter), a .txt or .jsonl file, 'wikitext2', 'c4', or "
         "the name of a Hugging Face dataset.",
     )
-    samples: int = Field(128, ge=1, description="Number of sequences.")
+    samples: int = Field(32, ge=1, description="Number of sequences.")
     length: int = Field(512, ge=2, description="Tokens per sequence; capped by model and data.")
     seed: int = Field(0, ge=0, description="Decides which text is drawn.")
 

@@ -55,7 +55,6 @@ def accuracy(
         "bench accuracy",
     )
     _check_output(output)
-    _without_loading_bars()
     with progress("windows", quiet) as tick:
         result = measure_accuracy(
             models, settings, against=against, dtype=dtype, device=device, progress=tick
@@ -99,7 +98,6 @@ def latency(
         "bench latency",
     )
     _check_output(output)
-    _without_loading_bars()
     with progress("rounds", quiet) as tick:
         result = measure_latency(
             models,
@@ -221,10 +219,3 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 250)
-
-
-def _without_loading_bars() -> None:
-    """Silence the bars that transformers shows while it opens a model."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -41,7 +41,7 @@ def prune(
             "wikitext2, c4, a data set on the hub, or none."
         ),
     ] = "self",
-    samples: Annotated[int, Option(help="Calibration sequences.")] = 128,
+    samples: Annotated[int, Option(help="Calibration sequences.")] = 32,
     length: Annotated[int, Option(help="Tokens per sequence.")] = 512,
     seed: Annotated[int, Option(help="Decides which text is drawn.")] = 0,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
