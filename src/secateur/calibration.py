@@ -182,7 +182,7 @@ def _cache(model: PreTrainedModel, length: int) -> Cache:
             self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
         ) -> tuple[torch.Tensor, torch.Tensor]:
             if not self.is_initialized:
-                batch, heads, _, _ = key_states.shape
+                batch, heads = key_states.shape[:2]
                 self.room = [
                     states.new_empty(batch, heads, length, states.shape[-1])
                     for states in (key_states, value_states)
