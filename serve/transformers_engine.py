@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from secateur.checkpoint import Checkpoint
+from secateur.device import choose_dtype
 from secateur.model import load_causal_lm, load_tokenizer
 from secateur.serve import sampling
 from secateur.serve.engine import (
@@ -52,7 +53,9 @@ def load_transformers(
     Raises:
         ModelError: the directory is not a usable model.
     """
-    dtype, reason = compute_dtype(Checkpoint(directory).config)
+    config = Checkpoint(directory).config
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype, reason = choose_dtype("auto", torch.device("cpu"), str(stored))
     if reason:
         print(f"serve: {reason}", file=sys.stderr)
     threads = threads or len(os.sched_getaffinity(0))
@@ -63,29 +66,6 @@ def load_transformers(
         model(input_ids=torch.zeros((1, 1), dtype=torch.long))
     return TransformersEngine(
         model, codec, model_name=model_name, threads=threads, max_running=max_running
-    )
-
-
-def compute_dtype(
-    config: dict[str, Any], cpuinfo: Path = Path("/proc/cpuinfo")
-) -> tuple[torch.dtype | str, str]:
-    """The type to compute in on this CPU, and why if it is not the checkpoint's own ("" if it is).
-
-    16-bit matrix products are emulated where the CPU has no instruction for them, several times
-    slower than float32.
-    """
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if stored == "float32":
-        return torch.float32, ""
-    try:
-        words = set(cpuinfo.read_text(encoding="ascii", errors="replace").split())
-    except OSError:
-        words = set()
-    if stored == "bfloat16" and words & {"avx512_bf16", "amx_bf16"}:
-        return torch.bfloat16, ""
-    return torch.float32, (
-        f"computing in float32 instead of the checkpoint's {stored}: this CPU has no fast "
-        f"{stored} matrix product (AVX512-BF16 or AMX)"
     )
 
 

@@ -33,8 +33,14 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
-    """The compute type of a flag, and why: 'auto' is the fastest that the device computes in.
+def choose_dtype(dtype: str, device: torch.device, stored: str = "bfloat16") -> tuple[str, str]:
+    """The type to compute in, and why if that is not obvious.
+
+    Args:
+        dtype: one of `DTYPES`, or "auto": the checkpoint's own, unless the device would have to
+            emulate it (16-bit matrix products on most CPUs, several times slower than float32).
+        device: where to compute.
+        stored: the checkpoint's own type.
 
     Raises:
         UsageError: the type is not known.
@@ -43,11 +49,15 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
         return dtype, ""
     if dtype != "auto":
         raise UsageError(f"unknown dtype {dtype!r}", did_you_mean(dtype, ("auto", *DTYPES)))
+    if stored == "float32":
+        return stored, ""
     if device.type == "cuda":
-        return "bfloat16", "computed in bfloat16, the default on CUDA"
-    if _BF16_FLAGS & set(cpu_facts().get("flags", "").split()):
-        return "bfloat16", "computed in bfloat16: this CPU multiplies it in hardware"
-    return "float32", "computed in float32: this CPU has no bfloat16 arithmetic (AVX512-BF16, AMX)"
+        return stored, f"computed in {stored}, the default on CUDA"
+    if stored == "bfloat16" and _BF16_FLAGS & set(cpu_facts().get("flags", "").split()):
+        return stored, "computed in bfloat16: this CPU multiplies it in hardware"
+    return "float32", (
+        f"computed in float32: this CPU has no fast {stored} arithmetic (AVX512-BF16 or AMX)"
+    )
 
 
 def cpu_facts() -> dict[str, str]:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from secateur.bench import LatencyResult, latency, measure_latency, model_bytes
 from secateur.bench.latency import Timing, interleave, warnings_on
 from secateur.bench.results import Estimate, Spread
-from secateur.device import choose_dtype
 from secateur.errors import EnvironmentFault, ModelError
 from secateur.recipe import Latency
 
@@ -177,19 +176,8 @@ def test_notes_name_what_the_numbers_depend_on(
     assert any("busy before the measurement" in note for note in notes)
 
 
-def test_auto_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    facts = {"flags": "fpu avx2"}
-    monkeypatch.setattr("secateur.device.cpu_facts", lambda: facts)
-    assert choose_dtype("auto", cpu)[0] == "float32"
-    facts["flags"] = "fpu avx512f avx512_bf16"
-    assert choose_dtype("auto", cpu)[0] == "bfloat16"
-    assert choose_dtype("float16", cpu) == ("float16", "")
-    assert choose_dtype("auto", torch.device("cuda"))[0] == "bfloat16"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_absent_cuda_is_said(dense: Path) -> None:
+def test_absent_cuda_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(EnvironmentFault, match="no CUDA device"):
         measure_latency([dense], QUICK, device="cuda")
 

@@ -24,7 +24,7 @@ from secateur.serve.engine import (
     RequestRefused,
 )
 from secateur.serve.sampling import SamplingParameters
-from secateur.serve.transformers_engine import TransformersEngine, compute_dtype
+from secateur.serve.transformers_engine import TransformersEngine
 
 GREEDY = SamplingParameters(temperature=0.0)
 REQUEST = GenerationRequest((5, 6, 7), GREEDY, max_tokens=4, ignore_eos=True)
@@ -181,15 +181,3 @@ def test_a_reader_whose_loop_is_gone_does_not_hurt(engine: TransformersEngine) -
         torch.randn(10000).sum()
     asyncio.run(asyncio.sleep(1))
     assert generation.cancelled
-
-
-def test_compute_dtype(tmp_path: Path) -> None:
-    plain, fast = tmp_path / "plain", tmp_path / "fast"
-    plain.write_text("flags : avx2 fma", encoding="ascii")
-    fast.write_text("flags : avx512f avx512_bf16", encoding="ascii")
-    assert compute_dtype({"dtype": "float32"}, plain) == (torch.float32, "")
-    assert compute_dtype({"torch_dtype": "bfloat16"}, fast) == (torch.bfloat16, "")
-    for stored, cpu in (("bfloat16", plain), ("bfloat16", tmp_path / "no"), ("float16", fast)):
-        dtype, reason = compute_dtype({"dtype": stored}, cpu)
-        assert dtype == torch.float32
-        assert stored in reason

@@ -127,7 +127,8 @@ def methods(json: Json = False) -> None:
         name = f"+{step.name}" if step.name in REFINEMENTS else step.name
         table.add_row(name, step.summary, ", ".join(sorted(step.needs)) or "nothing", step.source)
     Console().print(table)
-    print("Chain a method and refinements: --method wanda+swaps+lsq")
+    print("Chain a method and refinements: --method wanda+lsq")
+    print("gblm needs gradients, which only `secateur layer` takes so far, from a file")
 
 
 def _show_plan(plan: Plan) -> None:
