@@ -52,10 +52,10 @@ def recipe_file(tmp_path: Path, text: str) -> Path:
 
 def test_loads_a_file_and_applies_changes(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "model: m\noutput: o\nprune:\n  pattern: 2:4\n")
-    recipe = load_recipe(path, ["prune.pattern=4:8", "bench.latency.rounds=7", "serve.port=0"])
+    recipe = load_recipe(path, ["prune.pattern=4:8", "bench.latency.rounds=7", "serve.threads=2"])
     assert recipe.prune.pattern == Pattern.parse("4:8")
     assert recipe.bench.latency.rounds == 7
-    assert recipe.serve.port == 0
+    assert recipe.serve.threads == 2
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
@@ -83,7 +83,7 @@ def test_the_last_matching_rule_counts(tmp_path: Path) -> None:
         ("prune: {pattern: 124}", "'124' is not understood"),
         ("calibration: {samples: 0}", "calibration.samples = 0"),
         ("calibration: {samples: many}", "calibration.samples = 'many'"),
-        ("serve: {port: 70000}", "serve.port"),
+        ("serve: {threads: 0}", "serve.threads"),
         ("version: 2", "version"),
     ],
 )

@@ -3,8 +3,7 @@
 SecateurError          exit 1   a bug, if nothing more precise was raised
 ├── UsageError         exit 2   a flag, a recipe key, an output path: the caller's to change
 ├── ModelError         exit 3   a model or a text that is missing, broken or unsupported
-├── EnvironmentFault   exit 4   this machine lacks something: a port, a library, a network
-└── GateError          exit 5   a quality gate of the recipe was not met
+└── EnvironmentFault   exit 4   this machine lacks something: a port, a library, a network
 """
 
 from __future__ import annotations
@@ -48,12 +47,6 @@ class EnvironmentFault(SecateurError):
     """Something this machine does not have or does not allow."""
 
     exit_code = 4
-
-
-class GateError(SecateurError):
-    """A result worse than the gate that the caller set."""
-
-    exit_code = 5
 
 
 EXIT_INTERRUPTED = 130

@@ -1,8 +1,8 @@
 """Models: which architectures are supported, and how a model directory is opened.
 
-Support is data (`ARCHITECTURES`): where the decoder blocks are and which linears of a block share
-one input. Which linears there are is read from the model itself. To describe a new architecture
-add an entry; nothing else needs to know its name.
+Support is data (`ARCHITECTURES`): where the decoder blocks are. Which linears there are, and which
+of them share an input, is seen in the model itself. To describe a new architecture add an entry;
+nothing else needs to know its name.
 """
 
 from __future__ import annotations
@@ -26,18 +26,12 @@ class Architecture:
 
     Attributes:
         blocks: path of the list of decoder blocks.
-        fused: linears of one block (by the end of their names) that serving engines merge into
-            one matrix, so that they must be stored in one form.
     """
 
     blocks: str
-    fused: tuple[tuple[str, ...], ...] = ()
 
 
-_LLAMA_LIKE = Architecture(
-    blocks="model.layers",
-    fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
-)
+_LLAMA_LIKE = Architecture(blocks="model.layers")
 
 # By `model_type` of config.json.
 ARCHITECTURES: dict[str, Architecture] = {

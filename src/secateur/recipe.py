@@ -93,11 +93,9 @@ class Compile(Section):
 
 
 class Serve(Section):
-    """How the model is offered."""
+    """How the model is run when it is offered; a run takes a free port of this machine."""
 
     engine: Literal["auto", "transformers"] = Field("auto", description="What runs the model.")
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
     threads: int | None = Field(None, ge=1, description="CPU threads; None: all cores.")
 
 
