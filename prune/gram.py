@@ -44,12 +44,15 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, in
     """
     for retry in range(_MOST_RETRIES):
         # With J the reversal of the order, JHJ = LLᵀ gives H = RRᵀ for the upper R = JLJ.
+        # One name for all of them: no more than three such matrices exist at any time.
         matrix = damped(gram, max(damping, 1e-6 if retry else 0.0) * 10**retry)
-        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        matrix = matrix.flip(0, 1)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if failed:
             continue
+        matrix = matrix.flip(0, 1)
         identity = torch.eye(len(matrix), device=matrix.device)
-        upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        upper = torch.linalg.solve_triangular(matrix, identity, upper=True)
         if upper.isfinite().all():
             return upper, retry
     raise ModelError(

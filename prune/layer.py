@@ -13,7 +13,7 @@ from secateur.errors import ModelError, UsageError
 from secateur.pattern import Pattern
 from secateur.prune.method import Method, Problem, Solution
 from secateur.prune.methods import find_method, gradient_norm
-from secateur.statistics import GradientStatistics, InputStatistics
+from secateur.statistics import GradientNorms, GradientStatistics, InputStatistics
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,11 @@ def prune_layer(
         ModelError: tensors that are missing or do not fit each other.
     """
     chain, wanted = find_method(method, settings), Pattern.parse(str(pattern))
+    if chain.regional is not None or "regional" in chain.needs:
+        raise UsageError(
+            f"{chain.name!r} needs a whole decoder block, not a single layer",
+            "leave out +blockwise; instead of wandapp use gblm",
+        )
     if output is not None and not Path(output).resolve().parent.is_dir():
         raise UsageError(
             f"there is no directory {Path(output).parent} to write to",
@@ -169,11 +174,11 @@ def _statistics(tensors: dict[str, torch.Tensor], chain: Method) -> InputStatist
 
 def _gradients(
     tensors: dict[str, torch.Tensor], chain: Method, compat: str
-) -> GradientStatistics | None:
+) -> GradientNorms | None:
     norm = gradient_norm(chain)
     if norm is None:
         return None
     gradients = GradientStatistics(norm, half=compat == "reference")
     for gradient in tensors["grads_per_sample"]:
         gradients.update(gradient)
-    return gradients
+    return gradients.result()

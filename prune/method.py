@@ -11,8 +11,9 @@ from secateur.statistics import Need
 if TYPE_CHECKING:
     import torch
 
+    from secateur.activations import Activations
     from secateur.pattern import Pattern
-    from secateur.statistics import GradientStatistics, InputStatistics
+    from secateur.statistics import GradientNorms, InputStatistics
 
 NORMS: frozenset[Need] = frozenset({"norms"})
 GRAM: frozenset[Need] = frozenset({"norms", "gram"})
@@ -35,7 +36,7 @@ class Problem:
     inputs: InputStatistics | None
     pattern: Pattern
     compat: Literal["exact", "reference"] = "exact"
-    gradients: GradientStatistics | None = None
+    gradients: GradientNorms | None = None
 
     @property
     def statistics(self) -> InputStatistics:
@@ -75,6 +76,8 @@ class Method:
         needs: the statistics that it reads.
         function: the method itself, a pure function of the problem and the settings.
         settings: a frozen pydantic model; its fields can be set as ``name.field=value``.
+        workspace: bytes it takes for each in² and for each out x in of a layer, about.
+        regional: the last step of a chain that works on whole regions of a block, if it has one.
     """
 
     name: str
@@ -83,6 +86,8 @@ class Method:
     needs: frozenset[Need]
     function: Callable[[Problem, Any], Solution]
     settings: Any
+    workspace: tuple[int, int] = (0, 24)
+    regional: RegionStep | None = None
 
     @property
     def needs_text(self) -> bool:
@@ -109,10 +114,46 @@ class Refinement:
     needs: frozenset[Need]
     function: Callable[[Problem, Solution, Any], Solution]
     settings: Any
+    workspace: tuple[int, int] = (4, 48)
 
     def refine(self, problem: Problem, solution: Solution) -> Solution:
         """Improve one layer; the facts are of this step alone."""
         return self.function(problem, solution, self.settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a block, its attention or its MLP, with what the dense one made of its inputs.
+
+    Attributes:
+        name: of the module within the block, e.g. ``self_attn``.
+        forward: the region with the weights that it has now: ``[1, tokens, hidden]`` to the same.
+        inputs, targets: the dense block's, one for each sample.
+        weights: parameters that may change, and which of their positions are kept; those that
+            are not stay 0.
+    """
+
+    name: str
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    inputs: Activations
+    targets: Activations
+    weights: list[tuple[torch.nn.Parameter, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class RegionStep:
+    """A refinement of whole regions; the last word of a chain.
+
+    Attributes:
+        summary, source, settings: as in `Method`.
+        function: changes the weights of a region in place; returns counts for the manifest.
+    """
+
+    name: str
+    summary: str
+    source: str
+    function: Callable[[Region, Any], dict[str, Any]]
+    settings: Any
 
 
 def masked(weight: torch.Tensor, mask: torch.Tensor) -> Solution:

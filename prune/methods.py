@@ -13,21 +13,28 @@ from typing import Any, Literal
 from secateur.errors import UsageError, did_you_mean
 from secateur.prune.admm import METHOD as _admm
 from secateur.prune.alps import METHOD as _alps
+from secateur.prune.blockwise import STEP as _blockwise
 from secateur.prune.dsnot import REFINEMENT as _dsnot
 from secateur.prune.gblm import METHOD as _gblm
 from secateur.prune.lsq import REFINEMENT as _lsq
 from secateur.prune.magnitude import METHOD as _magnitude
-from secateur.prune.method import Method, Problem, Refinement, Solution
+from secateur.prune.method import NORMS, Method, Problem, Refinement, RegionStep, Solution
 from secateur.prune.ria import METHOD as _ria
 from secateur.prune.sparsegpt import METHOD as _sparsegpt
 from secateur.prune.swaps import REFINEMENT as _swaps
 from secateur.prune.wanda import METHOD as _wanda
+from secateur.prune.wandapp import METHOD as _wandapp
 from secateur.recipe import validate
 
+Step = Method | Refinement | RegionStep
+
 METHODS: dict[str, Method] = {
-    method.name: method for method in (_magnitude, _wanda, _ria, _gblm, _sparsegpt, _admm, _alps)
+    method.name: method
+    for method in (_magnitude, _wanda, _ria, _gblm, _wandapp, _sparsegpt, _admm, _alps)
 }
-REFINEMENTS: dict[str, Refinement] = {step.name: step for step in (_dsnot, _swaps, _lsq)}
+REFINEMENTS: dict[str, Refinement | RegionStep] = {
+    step.name: step for step in (_dsnot, _swaps, _lsq, _blockwise)
+}
 
 
 def find_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
@@ -57,22 +64,33 @@ def find_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
             )
         if word not in REFINEMENTS:
             raise UsageError(f"there is no refinement {word!r}", did_you_mean(word, REFINEMENTS))
+    for word in later[:-1]:
+        if isinstance(REFINEMENTS[word], RegionStep):
+            raise UsageError(
+                f"{word!r} works on whole regions and can only come last in {name!r}",
+                f"move it to the end: {'+'.join([first, *(w for w in later if w != word), word])}",
+            )
     values = _by_word([first, *later], settings or {})
     method = METHODS[first]
     method = replace(method, settings=_settings(method, values))
-    refinements = tuple(
+    steps = [
         replace(REFINEMENTS[word], settings=_settings(REFINEMENTS[word], values)) for word in later
-    )
-    if not refinements:
+    ]
+    refinements = tuple(step for step in steps if isinstance(step, Refinement))
+    regional = next((step for step in steps if isinstance(step, RegionStep)), None)
+    if not steps:
         return method
-    steps: tuple[Method | Refinement, ...] = (method, *refinements)
+    everyone: list[Step] = [method, *steps]
+    spaces = [method.workspace, *(step.workspace for step in refinements)]
     return Method(
         name=name,
-        summary="; ".join(step.summary for step in steps),
-        source="; ".join(step.source for step in steps),
-        needs=method.needs.union(*(step.needs for step in refinements)),
+        summary="; ".join(step.summary for step in everyone),
+        source="; ".join(step.source for step in everyone),
+        needs=method.needs.union(NORMS if regional else (), *(step.needs for step in refinements)),
         function=_solve_chain,
         settings=(method, refinements),
+        workspace=(max(space[0] for space in spaces), max(space[1] for space in spaces)),
+        regional=regional,
     )
 
 
@@ -101,7 +119,7 @@ def _by_word(words: list[str], settings: Mapping[str, Any]) -> dict[str, dict[st
     for key, value in settings.items():
         word, _, field = key.partition(".")
         if word not in values:
-            steps: dict[str, Method | Refinement] = {**METHODS, **REFINEMENTS}
+            steps: dict[str, Step] = {**METHODS, **REFINEMENTS}
             known = [
                 f"{word}.{field}"
                 for word in words
@@ -115,5 +133,5 @@ def _by_word(words: list[str], settings: Mapping[str, Any]) -> dict[str, dict[st
     return values
 
 
-def _settings(step: Method | Refinement, values: dict[str, dict[str, Any]]) -> Any:
+def _settings(step: Step, values: dict[str, dict[str, Any]]) -> Any:
     return validate(type(step.settings), values[step.name], f"settings of {step.name}")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from secateur.errors import ModelError, UsageError
-from secateur.model import StreamedModel
+from secateur.model import Linear, StreamedModel
 from secateur.pattern import Pattern
+from secateur.prune.allocate import Allocation, find_allocation
+from secateur.prune.memory import MemoryPlan, parse_size, plan_memory
+from secateur.prune.method import Method
 from secateur.prune.methods import find_method
 from secateur.recipe import Calibration, Prune
-
-if TYPE_CHECKING:
-    from secateur.checkpoint import Checkpoint
 
 
 class LayerPlan(BaseModel):
@@ -25,6 +26,7 @@ class LayerPlan(BaseModel):
         shape: ``(out, in)``.
         pattern: ``dense`` if it is left alone.
         kept_dense: why it is left alone; None if it is pruned.
+        transposed: whether the checkpoint holds it as ``[in, out]``.
     """
 
     name: str
@@ -32,6 +34,7 @@ class LayerPlan(BaseModel):
     shape: tuple[int, int]
     pattern: Pattern
     kept_dense: str | None = None
+    transposed: bool = False
 
     @property
     def weights(self) -> int:
@@ -45,13 +48,15 @@ class Plan(BaseModel):
     Attributes:
         blocks: number of decoder blocks.
         total_weights: parameters of the whole model.
-        peak_bytes: estimated peak memory of the walk itself, without the interpreter.
+        peak_bytes: the peak memory that is expected.
+        memory: what is held in memory.
     """
 
     layers: list[LayerPlan]
     blocks: int
     total_weights: int
     peak_bytes: int
+    memory: MemoryPlan = Field(exclude=True)
 
     @property
     def pruned(self) -> list[LayerPlan]:
@@ -73,7 +78,22 @@ def plan_model(model: StreamedModel, prune: Prune, calibration: Calibration) -> 
             cannot hold its pattern.
         ModelError: the checkpoint lacks a layer's weight.
     """
-    method = find_method(prune.method, prune.settings)
+    method, allocation = steps_of(prune)
+    if allocation.needs != "nothing" and (prune.pattern.is_nm or prune.pattern.is_dense):
+        raise UsageError(
+            f"pattern '{prune.pattern}' leaves nothing to allocate by {allocation.name!r}",
+            "give a P% pattern, or drop --allocate",
+        )
+    if prune.permute and not prune.pattern.is_nm:
+        raise UsageError(
+            f"channels are permuted for N:M patterns, and the pattern is {prune.pattern}",
+            "drop --permute, or give a pattern like 2:4",
+        )
+    if prune.permute and not model.channels(0):
+        raise UsageError(
+            f"no channels of {model.checkpoint.config['model_type']!r} can be permuted",
+            "drop --permute",
+        )
     layers = []
     for index in range(len(model.blocks)):
         for name, linear in model.linears(index).items():
@@ -82,8 +102,7 @@ def plan_model(model: StreamedModel, prune: Prune, calibration: Calibration) -> 
                     f"{model.checkpoint.path} has no tensor '{name}.weight'",
                     "check that the model was saved completely, by transformers 5 or compatible",
                 )
-            shape = (linear.out_features, linear.in_features)
-            layers.append(_plan_layer(name, index, shape, prune))
+            layers.append(_plan_layer(linear, index, prune))
     for rule in prune.layers:
         if not any(_matches(rule.match, layer.name) for layer in layers):
             raise UsageError(
@@ -91,56 +110,85 @@ def plan_model(model: StreamedModel, prune: Prune, calibration: Calibration) -> 
                 f"layer names look like {layers[0].name!r}; use * for the parts that vary",
             )
     checkpoint = model.checkpoint
+    length = _positions(model) or calibration.length
+    budget = None if prune.memory is None else parse_size(prune.memory)
+    memory = plan_memory(model, layers, method, calibration.samples, length, budget)
     return Plan(
         layers=layers,
         blocks=len(model.blocks),
-        total_weights=sum(_count(checkpoint, name) for name in checkpoint.names()),
-        peak_bytes=_peak_bytes(model, calibration, gram="gram" in method.needs),
+        total_weights=sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()),
+        peak_bytes=memory.peak_bytes,
+        memory=memory,
     )
 
 
-def _plan_layer(name: str, block: int, shape: tuple[int, int], prune: Prune) -> LayerPlan:
-    pattern = prune.pattern_of(name)
-    reason = "the recipe says so" if pattern.is_dense else pattern.obstacle(*shape)
-    if reason is not None and not pattern.is_dense and prune.strict:
-        raise UsageError(
-            f"{name} cannot be {pattern}: {reason}",
-            "leave it dense by a layer rule, choose another pattern, or drop --strict",
-        )
-    if reason is not None and not pattern.is_dense:
-        reason = f"{pattern} does not fit: {reason}"
-    chosen = pattern if reason is None else Pattern()
-    return LayerPlan(name=name, block=block, shape=shape, pattern=chosen, kept_dense=reason)
+def steps_of(prune: Prune) -> tuple[Method, Allocation]:
+    """The method and the allocation of a recipe, with their settings.
+
+    Raises:
+        UsageError: a word or setting that is not known.
+    """
+    prefix = f"{prune.allocate}."
+    own = {key: value for key, value in prune.settings.items() if key.startswith(prefix)}
+    rest = {key: value for key, value in prune.settings.items() if key not in own}
+    allocation = find_allocation(
+        prune.allocate, {key.removeprefix(prefix): value for key, value in own.items()}
+    )
+    return find_method(prune.method, rest), allocation
+
+
+def allocated(plan: Plan, prune: Prune, patterns: Sequence[Pattern]) -> Plan:
+    """The plan with a pattern for each block in place of the recipe's.
+
+    Layers that a rule gives another pattern, and those that are left dense, stay as they are.
+    """
+    layers = [
+        layer.model_copy(update={"pattern": patterns[layer.block]})
+        if bears(layer, prune)
+        else layer
+        for layer in plan.layers
+    ]
+    return plan.model_copy(update={"layers": layers})
+
+
+def bears(layer: LayerPlan, prune: Prune) -> bool:
+    """Whether a layer has the recipe's own pattern, which an allocation spreads."""
+    return layer.kept_dense is None and layer.pattern == prune.pattern
+
+
+def _positions(model: StreamedModel) -> int | None:
+    """Patches of an image and the class token; None of a text model."""
+    if model.architecture.reads == "text":
+        return None
+    config = model.module.config
+    return int((config.image_size // config.patch_size) ** 2) + 2
+
+
+def _plan_layer(linear: Linear, block: int, prune: Prune) -> LayerPlan:
+    pattern = prune.pattern_of(linear.name)
+    if linear.router:
+        reason: str | None = "it routes tokens to experts"
+    elif pattern.is_dense:
+        reason = "the recipe says so"
+    else:
+        reason = pattern.obstacle(*linear.shape)
+        if reason is not None and prune.strict:
+            raise UsageError(
+                f"{linear.name} cannot be {pattern}: {reason}",
+                "leave it dense by a layer rule, choose another pattern, or drop --strict",
+            )
+        reason = reason and f"{pattern} does not fit: {reason}"
+    return LayerPlan(
+        name=linear.name,
+        block=block,
+        shape=linear.shape,
+        pattern=pattern if reason is None else Pattern(),
+        kept_dense=reason,
+        transposed=linear.transposed,
+    )
 
 
 def _matches(glob: str, name: str) -> bool:
     from fnmatch import fnmatchcase
 
     return fnmatchcase(name, glob)
-
-
-def _count(checkpoint: Checkpoint, name: str) -> int:
-    count = 1
-    for extent in checkpoint.shape(name):
-        count *= extent
-    return count
-
-
-def _peak_bytes(model: StreamedModel, calibration: Calibration, gram: bool) -> int:
-    """What the walk holds at its largest.
-
-    One block in fp32 twice, the hidden states of all samples, one sample's activations, and with
-    ``gram`` the Gram matrix of every linear's inputs.
-    """
-    widths: list[int] = []
-    blocks = []
-    for index in range(len(model.blocks)):
-        shapes = [linear.weight.shape for linear in model.linears(index).values()]
-        weights = sum(_count(model.checkpoint, name) for name in model.tensor_names(index))
-        grams = sum(width**2 for width in {shape[1] for shape in shapes}) if gram else 0
-        blocks.append(2 * weights + 2 * grams)
-        widths += [max(shape) for shape in shapes]
-    outside = sum(_count(model.checkpoint, name) for name in model.tensor_names(None))
-    states = calibration.samples * calibration.length * int(model.module.config.hidden_size)
-    sample = calibration.length * max(widths) * 8
-    return 4 * max(outside, max(blocks) + states + sample)

@@ -45,7 +45,10 @@ def sparsegpt(problem: Problem, settings: Settings) -> Solution:
     weight = problem.weight.clone()
     dead = problem.gram.diagonal() <= 0
     weight[:, dead] = 0
-    upper, retries = inverse_factor(problem.gram, settings.percdamp)
+    upper, retries = problem.statistics.derived(
+        ("inverse_factor", settings.percdamp),
+        lambda: inverse_factor(problem.gram, settings.percdamp),
+    )
     mask = torch.ones_like(weight, dtype=torch.bool)
     columns = weight.shape[1]
     step = max(1, settings.blocksize // (pattern.m or 1)) * (pattern.m or 1)
@@ -90,4 +93,5 @@ METHOD = Method(
     needs=GRAM,
     function=sparsegpt,
     settings=Settings(),
+    workspace=(16, 24),
 )

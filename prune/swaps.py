@@ -8,19 +8,20 @@ published; this is written from the objective).
     Δ(p, u) = a_p + b_u - 2 x_p W_u G_pu                  the change of the row's error δ G δᵀ
         a_p = 2 x_p c_p + x_p² G_pp,   b_u = -2 W_u c_u + W_u² G_uu
 
-A swap is made only if Δ < 0, so the error falls with every swap and the number of weights in a row
-(a group, a block) stays as it is. Weights that an earlier step changed keep their values; one that
-comes back has its dense value.
+In each row the best swap is made, then c is brought up to date, again and again while a swap lowers
+the row's error by more than a millionth of what it was at first. So the error falls with every swap
+and the number of weights in a row (a group, a block) stays as it is. Weights that an earlier step
+changed keep their values; one that comes back has its dense value.
 
-- N:M: groups from left to right, in each the best swap, all rows at once; sweeps until no group has
-  one. A sweep costs as much as one product of W and G. The first sweeps take only swaps that lower
-  a row's error by a tenth, by a thirtieth …: the best go first.
-- ``P%``: in each row the ``candidates`` kept weights of lowest a_p and as many removed ones of
-  lowest b_u; among these the best exact swap until there is none; then new candidates, until they
-  have none. With at least as many candidates as columns no improving swap is left at all.
+- N:M: the best of all swaps within a group.
+- ``P%``: the best swap of the ``candidates`` kept weights of lowest a_p for any removed one; if
+  none of these helps, of the next ``candidates`` kept weights, and so on through all. So at the end
+  no swap is left that helps, and with at least as many candidates as columns each is the best.
 - ``@Rx1``: all terms are sums over the R rows of a block, which move together.
 
-Rows that have converged are not visited again. A row whose error grew (by rounding) is put back.
+On a CPU a native loop does this (csrc/swaps.cpp); elsewhere, and where the package was installed
+without a compiler, torch does one swap in all rows at once, by the same rule. A row whose error
+grew (by rounding) is put back.
 """
 
 from __future__ import annotations
@@ -33,192 +34,173 @@ from secateur.prune.masks import row_chunks
 from secateur.prune.method import GRAM, Problem, Refinement, Solution
 from secateur.recipe import Section
 
-# Columns whose c is brought up to date together in a sweep over groups.
-_WINDOW = 128
+try:
+    from secateur.prune import _native
+except ImportError:  # installed without a C++ compiler
+    _native = None  # type: ignore[assignment]
+
 # A swap must lower the row's error by this fraction of it, or rounding might swap for ever.
 _LEAST_GAIN = 1e-6
-_FIRST_GAINS = (0.1, 0.03, 0.01)
 
 
 class Settings(Section):
     """Settings of `swaps`."""
 
-    rounds: int = Field(50, ge=1, description="Sweeps, or choices of candidates, at most.")
-    candidates: int = Field(24, ge=1, description="Kept and removed weights compared (P% only).")
+    rounds: int = Field(10_000, ge=1, description="Swaps in each row at most, one a round.")
+    candidates: int = Field(24, ge=1, description="Kept weights compared at once (P% only).")
 
 
 def swaps(problem: Problem, solution: Solution, settings: Settings) -> Solution:
-    """Improve the mask by single exchanges until none helps."""
-    gram, pattern = problem.gram, problem.pattern
-    columns = problem.weight.shape[1]
-    mask, weight = solution.mask.clone(), solution.weight.clone()
-    made = rounds = unfinished = 0
-    wide = max(columns, 0 if pattern.is_nm else 8 * settings.candidates**2)
-    for chunk in row_chunks(len(weight), 6 * 4 * wide, pattern):
+    """Improve the mask by single exchanges until none helps.
+
+    Args:
+        problem: its weight is what the layer should do, [out, in].
+        solution: its kept weights may differ from the dense ones.
+        settings: where to stop, and how many to compare.
+
+    Returns:
+        A mask with as many weights in each row (group, block), and weights: those of ``solution``
+        where they stayed, dense ones where they came back. Facts: ``swaps`` of all block rows,
+        ``rounds``, the most that one made, and ``rows_unfinished``, the rows that made as many as
+        they may.
+    """
+    pattern, (rows, columns) = problem.pattern, problem.weight.shape
+    gram, m = problem.gram, pattern.m
+    order: slice | torch.Tensor = slice(None)
+    compared = settings.candidates * columns
+    if pattern.is_nm:  # by place in the group: all firsts, all seconds …
+        order = torch.arange(columns, device=gram.device).view(-1, m).T.flatten()
+        compared = columns * (m - 1) // 2
+    gram = gram[order][:, order].contiguous()
+    native = _native is not None and gram.device.type == "cpu"
+    mask = solution.mask.new_empty(rows, columns)
+    weight = solution.weight.new_empty(rows, columns)
+    counts = []
+    row_bytes = 4 * (8 * columns + (0 if native else 3 * compared))
+    for chunk in row_chunks(rows, row_bytes, pattern):
         shape = (-1, pattern.rows, columns)
-        target, before = problem.weight[chunk].view(shape), weight[chunk].view(shape)
-        kept, now = mask[chunk].view(shape)[:, 0].clone(), before.clone()
-        active = torch.arange(len(now), device=now.device)
-        for number in range(1, settings.rounds + 1):
-            choosy = pattern.is_nm and number <= min(len(_FIRST_GAINS), settings.rounds - 1)
-            gain = _FIRST_GAINS[number - 1] if choosy else _LEAST_GAIN
-            part = _Part(target[active], now[active], kept[active], gram, gain)
-            changed = part.sweep(pattern.m) if pattern.is_nm else part.exchange(settings.candidates)
-            now[active], kept[active] = part.now, part.kept
-            made, rounds = made + int(changed.sum()), max(rounds, number)
-            active = active if choosy else active[changed > 0]
-            if not len(active):
-                break
-        unfinished += len(active)
-        worse = _errors(target - now, gram) > _errors(target - before, gram)
+        target, before, kept_before = (
+            whole[chunk].reshape(shape)[:, :, order].contiguous()
+            for whole in (problem.weight, solution.weight, solution.mask)
+        )
+        kept_before = kept_before[:, 0]
+        slope = (target - before) @ gram  # c
+        errors = (slope * (target - before)).sum(dim=(1, 2), dtype=torch.float64)
+        value, kept = before.where(kept_before[:, None], target), kept_before.clone()
+        made = torch.zeros(len(target), dtype=torch.int64, device=gram.device)
+        least = (errors.abs() * _LEAST_GAIN).float()
+        layer = (gram, target, value, kept, slope, least, made)
+        if native:
+            limits = (m, settings.candidates, settings.rounds, torch.get_num_threads())
+            _native.swap(*layer, *limits)
+        else:
+            _swap(*layer, m, settings.candidates, settings.rounds)
+        now = value.where(kept[:, None], 0)
+        after = row_errors((target - now).flatten(0, 1), gram).view(-1, pattern.rows).sum(dim=1)
+        worse = after > errors
         now = before.where(worse[:, None, None], now)
-        kept = mask[chunk].view(shape)[:, 0].where(worse[:, None], kept)
-        weight[chunk] = now.view(-1, columns)
-        mask[chunk] = kept.repeat_interleave(pattern.rows, dim=0)
-    facts = {"swaps": made, "rounds": rounds, "rows_unfinished": unfinished * pattern.rows}
+        kept = kept_before.where(worse[:, None], kept)
+        weight[chunk].view(shape)[:, :, order] = now
+        mask[chunk].view(shape)[:, :, order] = kept[:, None].expand(now.shape)
+        counts.append(made.where(~worse, 0))
+    made = torch.cat(counts)
+    facts = {
+        "swaps": int(made.sum()),
+        "rounds": int(made.max()),
+        "rows_unfinished": int((made == settings.rounds).sum()) * pattern.rows,
+    }
     return Solution(mask, weight, facts)
 
 
-def _errors(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """The error of each block row: [B, R, in] to [B]."""
-    return row_errors(change.flatten(0, 1), gram).view(change.shape[:2]).sum(dim=1)
-
-
-class _Part:
-    """Some block rows: ``target`` and ``now`` [B, R, in], ``kept`` [B, in]."""
-
-    def __init__(
-        self,
-        target: torch.Tensor,
-        now: torch.Tensor,
-        kept: torch.Tensor,
-        gram: torch.Tensor,
-        gain: float,
-    ) -> None:
-        self.target, self.now, self.kept, self.gram = target, now, kept, gram
-        self.slope = (target - now) @ gram  # c
-        errors = (self.slope * (target - now)).sum(dim=(1, 2))
-        self.least = errors.abs() * gain
-
-    def sweep(self, m: int) -> torch.Tensor:
-        """One pass over all groups of ``m`` columns; how many swaps each block row made."""
-        columns = self.now.shape[2]
-        made = torch.zeros(len(self.now), dtype=torch.int64, device=self.now.device)
-        step = max(1, _WINDOW // m) * m
-        for start in range(0, columns, step):
-            window = slice(start, min(start + step, columns))
-            before = self.now[:, :, window].clone()
-            local = self.gram[window, window]
-            slope = self.slope[:, :, window].clone()
-            for first in range(0, before.shape[2], m):
-                group = slice(start + first, start + first + m)
-                here = slice(first, first + m)
-                old = self.now[:, :, group].clone()
-                new, kept, count = _best_swaps(
-                    self.target[:, :, group],
-                    old,
-                    slope[:, :, here].clone(),
-                    self.kept[:, group],
-                    local[here, here].expand(len(old), m, m),
-                    self.least,
-                    most=1,
-                )
-                self.now[:, :, group], self.kept[:, group] = new, kept
-                slope += (old - new) @ local[here]
-                made += count
-            self.slope += (before - self.now[:, :, window]) @ self.gram[window]
-        return made
-
-    def exchange(self, candidates: int) -> torch.Tensor:
-        """Swaps among the most promising columns; how many each block row made."""
-        square = self.gram.diagonal()
-        removal = (2 * self.now * self.slope + self.now.square() * square).sum(dim=1)
-        revival = (self.target.square() * square - 2 * self.target * self.slope).sum(dim=1)
-        most = int(self.kept.sum(dim=1).max()), int((~self.kept).sum(dim=1).max())
-        ends = min(candidates, most[0]), min(candidates, most[1])
-        if 0 in ends:
-            return torch.zeros(len(self.now), dtype=torch.int64, device=self.now.device)
-        removal = removal.masked_fill(~self.kept, torch.inf)
-        revival = revival.masked_fill(self.kept, torch.inf)
-        chosen = [
-            cost.topk(count, dim=1, largest=False).indices
-            for cost, count in zip((removal, revival), ends, strict=True)
-        ]
-        at = torch.cat(chosen, dim=1)
-        wide = at[:, None].expand(-1, self.now.shape[1], -1)
-        old = self.now.gather(2, wide)
-        new, kept, count = _best_swaps(
-            self.target.gather(2, wide),
-            old,
-            self.slope.gather(2, wide),
-            self.kept.gather(1, at),
-            self.gram[at[:, :, None], at[:, None]],
-            self.least,
-            most=self.now.shape[2],
-            split=ends[0],
-        )
-        # Sums, as a row with few kept (or removed) weights has some columns among both candidates;
-        # only one of the two can have moved.
-        self.now.scatter_add_(2, wide, new - old)
-        moved = (kept != self.kept.gather(1, at)).long()
-        self.kept ^= torch.zeros_like(self.kept, dtype=torch.int64).scatter_add_(1, at, moved) > 0
-        return count
-
-
-def _best_swaps(
-    target: torch.Tensor,
-    now: torch.Tensor,
-    slope: torch.Tensor,
-    kept: torch.Tensor,
+def _swap(
     gram: torch.Tensor,
+    target: torch.Tensor,
+    value: torch.Tensor,
+    kept: torch.Tensor,
+    slope: torch.Tensor,
     least: torch.Tensor,
-    most: int,
-    split: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In each block row the best swap among K columns, again and again while one helps.
+    made: torch.Tensor,
+    m: int,
+    candidates: int,
+    limit: int,
+) -> None:
+    """What ``_native.swap`` does, one swap in all block rows at once.
+
+    With s = 1 for a kept and -1 for a removed column, a_p and b_u are one formula, a column's cost
+    2 s v c + v² G_jj, and that it goes or comes back adds s v G to c.
 
     Args:
-        target, now, slope: W, x and c of these columns, [B, R, K].
-        kept: [B, K].
-        gram: [B, K, K].
+        gram: G [in, in]; N:M: its columns (and those of the others) by place in the group.
+        target: W [B, R, in].
+        value: v, the weight that counts for a column: x if it is kept, W if not, [B, R, in].
+        kept: [B, in].
+        slope: c [B, R, in].
         least: what a swap must gain, [B].
-        most: swaps in each block row at most.
-        split: columns before it may only go, those from it on only come back; None: all both.
-
-    Returns:
-        The new weights and mask, and the number of swaps in each block row.
+        made: out: the number of swaps, [B]. ``value``, ``kept`` and ``slope`` change with them.
+        m: of the pattern N:M; 0 if it is ``P%``.
+        candidates: kept columns compared with all others at once (``P%``).
+        limit: swaps in a block row at most.
     """
-    rows = len(now)
-    square = gram.diagonal(dim1=1, dim2=2)[:, None]
-    every = torch.arange(rows, device=now.device)
-    made = torch.zeros(rows, dtype=torch.int64, device=now.device)
-    now, kept = now.clone(), kept.clone()
-    outs, backs = (
-        (slice(None), slice(None)) if split is None else (slice(split), slice(split, None))
-    )
-    cross = gram[:, outs, backs]
-    for _ in range(most):
-        removal = (2 * now * slope + now.square() * square)[:, :, outs].sum(dim=1)
-        revival = (target.square() * square - 2 * target * slope)[:, :, backs].sum(dim=1)
-        removal = removal.masked_fill(~kept[:, outs], torch.inf)
-        revival = revival.masked_fill(kept[:, backs], torch.inf)
-        change = (now[:, :, outs].mT @ target[:, :, backs]).mul_(-2).mul_(cross)
-        change += removal[:, :, None]
-        change += revival[:, None]
-        gain, pair = change.flatten(1).min(dim=1)
-        swap = gain < -least
-        if not swap.any():
-            break
-        out, back = pair // change.shape[2], pair % change.shape[2] + (split or 0)
-        gone = (now[every, :, out] * swap[:, None])[:, :, None]
-        come = (target[every, :, back] * swap[:, None])[:, :, None]
-        slope = slope + gone * gram[every, out][:, None] - come * gram[every, back][:, None]
-        now[every[swap], :, out[swap]] = 0
-        now[every[swap], :, back[swap]] = come[swap, :, 0]
-        kept[every[swap], out[swap]] = False
-        kept[every[swap], back[swap]] = True
-        made += swap
-    return now, kept, made
+    square = gram.diagonal()
+    passed = torch.zeros_like(made)  # kept columns of lowest cost of which no swap helps (P%)
+    active = torch.arange(len(made), device=made.device)
+    while len(active):
+        v, stays = value[active], kept[active]
+        cost = _signs(stays)[:, None] * 2 * v * slope[active] + v.square() * square
+        cost = cost.sum(dim=1)
+        if m:
+            change, pair = _best_in_groups(cost, v, stays, gram, m)
+        else:
+            change, pair = _best_anywhere(cost, v, stays, gram, passed[active], candidates)
+        helps = change < -least[active]
+        rows, pair = active[helps], pair[helps]
+        for at in pair.T:
+            moved = _signs(kept[rows, at])[:, None] * value[rows, :, at]
+            slope[rows] += moved[:, :, None] * gram[at][:, None]
+            value[rows, :, at] = target[rows, :, at]
+            kept[rows, at] ^= True
+        made[rows] += 1
+        passed[active] = torch.where(helps, 0, passed[active] + candidates)
+        more = helps if m else helps | (passed[active] < stays.sum(dim=1))
+        active = active[more & (made[active] < limit)]
+
+
+def _signs(kept: torch.Tensor) -> torch.Tensor:
+    return kept * 2.0 - 1
+
+
+def _best_in_groups(
+    cost: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, m: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best swap within a group of ``m``: its Δ [B], its two columns [B, 2]."""
+    groups = cost.shape[1] // m
+    columns = torch.arange(m * groups, device=cost.device).view(m, groups)
+    p, u = columns[torch.triu_indices(m, m, 1, device=cost.device)].flatten(1)
+    change = cost[:, p] + cost[:, u] - 2 * gram[p, u] * (v[:, :, p] * v[:, :, u]).sum(dim=1)
+    best, at = change.masked_fill_(kept[:, p] == kept[:, u], torch.inf).min(dim=1)
+    return best, torch.stack((p[at], u[at]), dim=1)
+
+
+def _best_anywhere(
+    cost: torch.Tensor,
+    v: torch.Tensor,
+    kept: torch.Tensor,
+    gram: torch.Tensor,
+    passed: torch.Tensor,
+    candidates: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best swap of the next ``candidates`` kept columns: its Δ [B], its two columns [B, 2]."""
+    columns = cost.shape[1]
+    order = cost.masked_fill(~kept, torch.inf).argsort(dim=1, stable=True)
+    ranks = passed[:, None] + torch.arange(min(candidates, columns), device=cost.device)
+    p = order.gather(1, ranks.clamp(max=columns - 1))
+    leaving = cost.gather(1, p).masked_fill(ranks >= kept.sum(dim=1, keepdim=True), torch.inf)
+    v_p = v.gather(2, p[:, None].expand(-1, v.shape[1], -1))
+    change = (v_p.mT @ v).mul_(-2).mul_(gram[p]).add_(leaving[:, :, None])
+    change += cost.masked_fill(kept, torch.inf)[:, None]
+    best, at = change.flatten(1).min(dim=1)
+    p = p.gather(1, at[:, None] // columns)
+    return best, torch.cat((p, at[:, None] % columns), dim=1)
 
 
 REFINEMENT = Refinement(

@@ -26,7 +26,28 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
+    "phi3": {"pad_token_id": 0},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0},
+    "gpt2": {"n_inner": 48},
+    "falcon": {"alibi": True, "bias": True},
+    "bloom": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+    },
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "head_dim": 16,
+    },
+    "vit": {"image_size": 32, "patch_size": 8, "num_labels": 5},
+    "deit": {"image_size": 32, "patch_size": 8, "num_labels": 5},
 }
+IMAGE_FAMILIES = {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}
 
 
 def tiny_tokenizer() -> Any:
@@ -60,7 +81,10 @@ def make_tiny(path: Path, family: str = "llama", shards: str = "10GB", **changes
     settings |= TINY_CONFIGS[family] | changes
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if family in IMAGE_FAMILIES:
+        model = getattr(transformers, IMAGE_FAMILIES[family])(config)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():  # norms, biases and tiny initial weights would hide bugs
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
     model.save_pretrained(path, max_shard_size=shards)

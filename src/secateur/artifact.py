@@ -39,6 +39,8 @@ class LayerFacts(BaseModel):
         relative_error: ‖(W - Ŵ)X‖² / ‖WX‖² on calibration inputs X; None if not measured.
         dense_bytes, bytes: its size in dense form of the same value type, and as stored.
         steps: the methods applied, with their counts of anything unusual.
+        transposed: whether the weight is stored as ``[in, out]`` (GPT-2); shape, mask and pattern
+            speak of ``[out, in]`` all the same.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,6 +53,7 @@ class LayerFacts(BaseModel):
     dense_bytes: int
     bytes: int
     steps: dict[str, Any] = Field(default_factory=dict)
+    transposed: bool = False
 
 
 class FileFacts(BaseModel):

@@ -1,4 +1,7 @@
-"""Text: where calibration and evaluation text comes from, and how it becomes token windows."""
+"""Text: where calibration and evaluation text comes from, and how it becomes token windows.
+
+For image classifiers: images of a folder.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,20 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+from secateur.checkpoint import CONFIG
 from secateur.errors import EnvironmentFault, ModelError
-from secateur.progress import Tick, no_tick
+from secateur.model import load_causal_lm, load_tokenizer
+from secateur.progress import Tick, no_tick, progress
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache
 
+    from secateur.model import StreamedModel
+    from secateur.recipe import Calibration
+
+_IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 # Short names for the data sets of the pruning papers: repository, configuration, split, files.
 _HUB_SETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None),
@@ -116,6 +125,85 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def calibration_inputs(
+    model: StreamedModel, calibration: Calibration, quiet: bool = True
+) -> dict[str, torch.Tensor]:
+    """The samples of a recipe as arguments of the model.
+
+    Returns:
+        ``{"input_ids": [samples, length]}``; of an image classifier ``{"pixel_values": [samples,
+        channels, height, width], "labels": [samples]}``.
+
+    Raises:
+        ModelError: text or images that are missing or unfit, a model that cannot start a text.
+    """
+    checkpoint = model.checkpoint
+    if model.architecture.reads == "images":
+        return _images(model, calibration)
+    limit = checkpoint.config.get("max_position_embeddings", checkpoint.config.get("n_positions"))
+    length = min(calibration.length, limit or calibration.length)
+    if calibration.data != "self":
+        ids = token_ids(load_tokenizer(checkpoint.path), read_text(calibration.data))
+        windows = draw_windows(ids, calibration.samples, length, calibration.seed)
+        return {"input_ids": windows}
+    config = model.module.config
+    first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    if first is None:
+        raise ModelError(
+            f"{checkpoint.path / CONFIG} names no bos_token_id, so the model cannot start a text "
+            "by itself",
+            "give calibration text with --data FILE",
+        )
+    first = first[0] if isinstance(first, list) else first
+    dense = load_causal_lm(checkpoint.path, model.dtype or "auto").to(model.device)
+    with progress("writing calibration text (tokens)", quiet) as tick:
+        own = self_generated(dense, first, calibration.samples, length, calibration.seed, tick)
+    return {"input_ids": own}
+
+
+def _images(model: StreamedModel, calibration: Calibration) -> dict[str, torch.Tensor]:
+    """Images of a folder, drawn without repetition, through the model's own processor.
+
+    Where the images lie in sub-folders named like the model's classes, these are their labels;
+    else the label is what the model itself sees in them.
+    """
+    import torch
+    import transformers
+
+    path, folder = model.checkpoint.path, Path(calibration.data)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGES)
+    if not files:
+        raise ModelError(
+            f"{path} classifies images and {calibration.data!r} is no folder of images "
+            f"({', '.join(sorted(_IMAGES))})",
+            "give one with --data DIR",
+        )
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise EnvironmentFault(
+            "reading images needs Pillow, which is not installed", "pip install 'secateur[images]'"
+        ) from None
+    chosen = Random(calibration.seed).sample(files, min(calibration.samples, len(files)))
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(str(path))
+        images = [Image.open(file).convert("RGB") for file in chosen]
+    except (OSError, ValueError, UnidentifiedImageError) as fault:
+        raise ModelError(
+            f"the calibration images cannot be prepared: {fault}",
+            "check the images, and that the model has its preprocessor_config.json",
+        ) from fault
+    pixels: torch.Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
+    known = model.module.config.label2id
+    if all(file.parent.name in known for file in chosen):
+        labels = [int(known[file.parent.name]) for file in chosen]
+        return {"pixel_values": pixels, "labels": torch.tensor(labels)}
+    dense = transformers.AutoModelForImageClassification.from_pretrained(str(path)).eval()
+    with torch.no_grad():
+        rows = [dense(pixel_values=image[None]).logits.argmax(-1) for image in pixels]
+    return {"pixel_values": pixels, "labels": torch.cat(rows)}
 
 
 def draw_windows(ids: torch.Tensor, samples: int, length: int, seed: int) -> torch.Tensor:

@@ -31,12 +31,27 @@ COMPANIONS = (
     "chat_template*",
     "vocab*",
     "merges.txt",
+    "preprocessor_config.json",
     "*.model",
     "LICENSE*",
 )
 
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _DTYPES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+_TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "BOOL": "bool",
+}
+_TORCH_DTYPES |= {
+    f"{kind}{bits}": f"{name}{bits}"
+    for kind, name in (("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+}
 
 
 class Checkpoint:
@@ -60,10 +75,11 @@ class Checkpoint:
             )
         self.config: dict[str, Any] = _read_json(self.path / CONFIG)
         self._entries: dict[str, tuple[Path, dict[str, Any]]] = {}
+        self._starts: dict[Path, int] = {}
         for shard in self._shards():
+            self._starts[shard] = _data_start(shard)
             for name, entry in _read_header(shard).items():
                 self._entries[name] = (shard, entry)
-        self._handles: dict[Path, Any] = {}
 
     def _shards(self) -> list[Path]:
         if (self.path / INDEX).exists():
@@ -124,18 +140,21 @@ class Checkpoint:
         return int(end) - int(start)
 
     def load(self, name: str) -> torch.Tensor:
-        """Read one tensor into memory of its own, in the type it is stored in."""
-        shard, _ = self._entry(name)
-        if shard not in self._handles:
-            from safetensors import SafetensorError, safe_open
+        """Read one tensor into memory of its own, in the type it is stored in.
 
-            try:
-                self._handles[shard] = safe_open(shard, "pt")
-            except SafetensorError as fault:
-                raise ModelError(f"{shard} is damaged: {fault}", "copy the file again") from fault
-        # safetensors hands out the mapped file itself, shared by all readers of the tensor.
-        tensor: torch.Tensor = self._handles[shard].get_tensor(name).clone()
-        return tensor
+        The file is read, not mapped: mapped pages would count as memory of this process.
+        """
+        import torch
+
+        shard, entry = self._entry(name)
+        start, end = entry["data_offsets"]
+        raw = torch.empty(end - start, dtype=torch.uint8)
+        with shard.open("rb") as file:
+            file.seek(self._starts[shard] + start)
+            if end > start and file.readinto(raw.numpy().data) != end - start:
+                raise ModelError(f"{shard} is truncated", "copy the file again")
+        dtype: torch.dtype = getattr(torch, _TORCH_DTYPES[entry["dtype"]])
+        return raw.view(dtype).view(entry["shape"])
 
     def companions(self) -> list[Path]:
         """Tokenizer, generation config and other files that travel with the weights."""
@@ -232,10 +251,15 @@ def merge_tensors(path: Path, parts: Iterable[Path]) -> None:
     os.replace(aside, path)
 
 
+def _data_start(path: Path) -> int:
+    """Where the header of a safetensors file ends and its data begins."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def _data_of(path: Path, chunk: int = 1 << 24) -> Iterator[bytes]:
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        file.seek(8 + length)
+        file.seek(_data_start(path))
         while data := file.read(chunk):
             yield data
 

@@ -1,16 +1,17 @@
 """Models: which architectures are supported, and how a model directory is opened.
 
-Support is data (`ARCHITECTURES`): where the decoder blocks are. Which linears there are, and which
-of them share an input, is seen in the model itself. To describe a new architecture add an entry;
-nothing else needs to know its name.
+Support is data (`ARCHITECTURES`): where the blocks are, and where a checkpoint's names differ from
+those of the modules. Which linears there are, and which of them share an input, is seen in the
+model itself. To describe a new architecture add an entry; nothing else needs to know its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from secateur.checkpoint import Checkpoint
 from secateur.errors import ModelError
@@ -21,28 +22,113 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Channels:
+    """Channels inside a block whose order is free: the linears before and after them.
+
+    Attributes:
+        producers: linears whose outputs they are, by name within the block.
+        consumer: the linear whose inputs they are.
+        heads: whether they belong to attention heads, the value heads of the producers and the
+            query heads of the consumer.
+    """
+
+    producers: tuple[str, ...]
+    consumer: str
+    heads: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """Where things are in a family of models.
 
     Attributes:
-        blocks: path of the list of decoder blocks.
+        blocks: module path of the list of blocks.
+        stored: replacements that turn a module's name into the checkpoint's, in this order.
+        experts: what the checkpoint calls the gate, up and down linear of an expert, where the
+            modules hold all experts in two fused tensors.
+        routers: last parts of the names of linears that choose or weigh experts. They are small
+            and a wrong choice costs a whole expert, so they stay dense.
+        reads: what the model takes as input.
+        channels: those that can be permuted. Nothing but an activation, a product or attention
+            weights may lie between producers and consumer. (Fused experts need no entry.)
     """
 
     blocks: str
+    stored: tuple[tuple[str, str], ...] = ()
+    experts: tuple[str, str, str] | None = None
+    routers: frozenset[str] = frozenset()
+    reads: Literal["text", "images"] = "text"
+    channels: tuple[Channels, ...] = ()
 
 
-_LLAMA_LIKE = Architecture(blocks="model.layers")
+_VALUES = Channels(("self_attn.v_proj",), "self_attn.o_proj", heads=True)
+_LLAMA_LIKE = Architecture(
+    blocks="model.layers",
+    channels=(_VALUES, Channels(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")),
+)
+_FIRST_GPTS = Architecture(blocks="transformer.h")
+_QWEN_MOE = Architecture(
+    blocks="model.layers",
+    experts=("gate_proj", "up_proj", "down_proj"),
+    routers=frozenset({"gate", "shared_expert_gate"}),
+    channels=(
+        _VALUES,
+        Channels(
+            ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+            "mlp.shared_expert.down_proj",
+        ),
+    ),
+)
+
+
+def _vision(root: str) -> Architecture:
+    return Architecture(
+        blocks=f"{root}.layers",
+        stored=(
+            (f"{root}.layers.", f"{root}.encoder.layer."),
+            (".attention.q_proj.", ".attention.attention.query."),
+            (".attention.k_proj.", ".attention.attention.key."),
+            (".attention.v_proj.", ".attention.attention.value."),
+            (".attention.o_proj.", ".attention.output.dense."),
+            (".mlp.fc1.", ".intermediate.dense."),
+            (".mlp.fc2.", ".output.dense."),
+        ),
+        reads="images",
+    )
+
 
 # By `model_type` of config.json.
 ARCHITECTURES: dict[str, Architecture] = {
+    "bloom": _FIRST_GPTS,
+    "deit": _vision("deit"),
+    "falcon": _FIRST_GPTS,
     "gemma": _LLAMA_LIKE,
     "gemma2": _LLAMA_LIKE,
     "gemma3_text": _LLAMA_LIKE,
+    "gpt2": _FIRST_GPTS,
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
+    "mixtral": Architecture(
+        blocks="model.layers",
+        stored=((".mlp.", ".block_sparse_moe."),),
+        experts=("w1", "w3", "w2"),
+        routers=frozenset({"gate"}),
+        channels=(_VALUES,),
+    ),
+    "opt": Architecture(
+        blocks="model.decoder.layers",
+        channels=(
+            Channels(("self_attn.v_proj",), "self_attn.out_proj", heads=True),
+            Channels(("fc1",), "fc2"),
+        ),
+    ),
+    "phi3": Architecture(blocks="model.layers"),
     "qwen2": _LLAMA_LIKE,
+    "qwen2_moe": _QWEN_MOE,
     "qwen3": _LLAMA_LIKE,
+    "qwen3_moe": _QWEN_MOE,
     "smollm3": _LLAMA_LIKE,
+    "vit": _vision("vit"),
 }
 
 
@@ -61,11 +147,67 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-class StreamedModel:
-    """A causal LM of which only the part in use is in memory.
+Part = Literal["whole", "gate", "up", "down"]
 
-    The module tree is built without weights; `load_block` fills one decoder block from the
-    checkpoint and `free_block` empties it again.
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One weight matrix of a block, ``y = W x``, wherever its module keeps it.
+
+    Attributes:
+        name: its name in the checkpoint, without ``.weight``.
+        module: the module that holds it: a linear, a GPT-2 ``Conv1D``, or fused experts.
+        shape: ``(out, in)``.
+        expert, part: which expert's, and which of its matrices; "whole": the module's only one.
+        transposed: whether it is stored ``[in, out]``, as Conv1D does.
+        router: whether it routes tokens to experts.
+    """
+
+    name: str
+    module: torch.nn.Module
+    shape: tuple[int, int]
+    expert: int = 0
+    part: Part = "whole"
+    transposed: bool = False
+    router: bool = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``[out, in]``, a view of the module's parameter."""
+        return self.part_of(self.parameter.data)
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """``[out, in]``, a view of the parameter's gradient."""
+        gradient = self.parameter.grad
+        return None if gradient is None else self.part_of(gradient)
+
+    @property
+    def parameter(self) -> torch.nn.Parameter:
+        """The parameter that the weight is, or is a part of."""
+        name = {"whole": "weight", "down": "down_proj"}.get(self.part, "gate_up_proj")
+        parameter: torch.nn.Parameter = getattr(self.module, name)
+        return parameter
+
+    def stored(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight ``[out, in]`` as the checkpoint holds it."""
+        return weight.t().contiguous() if self.transposed else weight
+
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This linear's part of a tensor like `parameter`, as a view ``[out, in]``."""
+        if self.part == "whole":
+            return whole.t() if self.transposed else whole
+        own = whole[self.expert]
+        if self.part == "down":
+            return own
+        return own[: self.shape[0]] if self.part == "gate" else own[self.shape[0] :]
+
+
+class StreamedModel:
+    """A model of which only the part in use is in memory.
+
+    The module tree is built without weights; `load_block` fills one block from the checkpoint and
+    `free_block` empties it again.
 
     Args:
         checkpoint: where the weights are.
@@ -92,10 +234,13 @@ class StreamedModel:
                 f"{checkpoint.path} is already compressed (quant_method {method!r})",
                 "prune the uncompressed model",
             )
+        auto = transformers.AutoModelForCausalLM
+        if self.architecture.reads == "images":
+            auto = transformers.AutoModelForImageClassification
         try:
             config = transformers.AutoConfig.from_pretrained(str(checkpoint.path))
             with accelerate.init_empty_weights(include_buffers=False):
-                self.module = transformers.AutoModelForCausalLM.from_config(config).eval()
+                self.module = auto.from_config(config).eval()
         except (ValueError, KeyError, TypeError) as fault:
             raise ModelError(
                 f"{checkpoint.path / 'config.json'} does not describe a model: {fault}",
@@ -103,45 +248,118 @@ class StreamedModel:
             ) from fault
         self.module.requires_grad_(False)
         self.blocks: torch.nn.ModuleList = self.module.get_submodule(self.architecture.blocks)
+        # Checkpoints of the first GPTs were saved without the head, and so without this prefix.
+        root = self.architecture.blocks.partition(".")[0] + "."
+        rooted = any(name.startswith(root) for name in checkpoint.names())
+        self._missing_root = "" if rooted else root
+        self._reading: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+
+    def stored_name(self, name: str) -> str:
+        """The name in the checkpoint of what the module tree calls ``name``."""
+        for module, stored in self.architecture.stored:
+            name = name.replace(module, stored)
+        return name.removeprefix(self._missing_root)
 
     def block_prefix(self, index: int) -> str:
-        """The name of a block with a dot behind it, e.g. ``model.layers.3.``."""
-        return f"{self.architecture.blocks}.{index}."
+        """What a block's tensors begin with in the checkpoint, e.g. ``model.layers.3.``."""
+        return self.stored_name(f"{self.architecture.blocks}.{index}.")
 
-    def linears(self, index: int) -> dict[str, torch.nn.Linear]:
-        """The linear layers of a block by their full names, in the order of the module tree."""
+    def linears(self, index: int) -> dict[str, Linear]:
+        """The weight matrices of a block by their names in the checkpoint, in module order."""
         import torch
+        from transformers.pytorch_utils import Conv1D
 
-        prefix = self.block_prefix(index)
-        return {
-            prefix + name: module
-            for name, module in self.blocks[index].named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
+        found: list[Linear] = []
+        for path, module in self.blocks[index].named_modules():
+            name = self.stored_name(f"{self.architecture.blocks}.{index}.{path}.")[:-1]
+            router = path.rpartition(".")[2] in self.architecture.routers
+            if isinstance(module, torch.nn.Linear):
+                shape = (module.out_features, module.in_features)
+                found.append(Linear(name, module, shape, router=router))
+            elif isinstance(module, Conv1D):
+                width, out = module.weight.shape
+                found.append(Linear(name, module, (out, width), transposed=True))
+            elif self._fused(module):
+                found += self._experts(name, module)
+        return {linear.name: linear for linear in found}
+
+    def channels(self, index: int) -> list[Channels]:
+        """The channels of a block whose order is free; linears by their names in the checkpoint."""
+        linears, prefix = self.linears(index), self.block_prefix(index)
+        found = [
+            Channels(
+                tuple(prefix + name for name in channels.producers),
+                prefix + channels.consumer,
+                channels.heads,
+            )
+            for channels in self.architecture.channels
+        ]
+        for linear in linears.values():
+            if linear.part == "down":
+                gate, up, down = self.architecture.experts or ("", "", "")
+                own = linear.name.removesuffix(down)
+                found.append(Channels((own + gate, own + up), linear.name))
+        return [channels for channels in found if channels.consumer in linears]
+
+    def _fused(self, module: torch.nn.Module) -> bool:
+        return self.architecture.experts is not None and hasattr(module, "gate_up_proj")
+
+    def _experts(self, name: str, module: Any) -> Iterator[Linear]:
+        gate, up, down = self.architecture.experts or ("", "", "")
+        experts, hidden, inner = module.down_proj.shape
+        for expert in range(experts):
+            own = f"{name}.{expert}."
+            yield Linear(own + gate, module, (inner, hidden), expert, "gate")
+            yield Linear(own + up, module, (inner, hidden), expert, "up")
+            yield Linear(own + down, module, (hidden, inner), expert, "down")
 
     def tensor_names(self, index: int | None) -> list[str]:
         """Names in the checkpoint of a block's tensors; None: those outside all blocks."""
-        inside = f"{self.architecture.blocks}."
         if index is not None:
             inside = self.block_prefix(index)
             return [name for name in self.checkpoint.names() if name.startswith(inside)]
+        inside = self.stored_name(f"{self.architecture.blocks}.")
         return [name for name in self.checkpoint.names() if not name.startswith(inside)]
 
     def load_block(self, index: int, read: Callable[[str], torch.Tensor] | None = None) -> None:
         """Fill a block with its weights, from the checkpoint or by another ``read(name)``."""
-        self._fill(self.blocks[index], self.block_prefix(index), read or self.checkpoint.load)
+        if read is None and self._reading is not None and self._reading[0] == index:
+            read = self._reading[1].result().__getitem__
+            self._reading = None
+        prefix = f"{self.architecture.blocks}.{index}."
+        self._fill(self.blocks[index], prefix, read or self.checkpoint.load)
+
+    def prefetch(self, index: int) -> None:
+        """Begin to read a block from the disk while the device is busy with another one.
+
+        Only where blocks are moved to a device: in the memory of the CPU it would take the place
+        of a second block.
+        """
+        if self.device.type == "cpu" or index >= len(self.blocks):
+            return
+        names = self.tensor_names(index)
+
+        def read() -> dict[str, torch.Tensor]:
+            return {name: self.checkpoint.load(name).pin_memory() for name in names}
+
+        pool = ThreadPoolExecutor(1)
+        self._reading = index, pool.submit(read)
+        pool.shutdown(wait=False)
 
     def free_block(self, index: int) -> None:
         """Drop the weights of a block."""
         self._empty(self.blocks[index])
 
-    def load_outside(self) -> None:
-        """Fill everything outside the blocks except the output head."""
-        head = self.module.get_output_embeddings()
+    def load_outside(self, head: bool = False) -> None:
+        """Fill everything outside the blocks, the output head only if it is asked for."""
+        output = self.module.get_output_embeddings()
         for name, owner in self._outside():
-            if owner is not head:
-                prefix = f"{name}." if name else ""
+            prefix = f"{name}." if name else ""
+            tied = self.stored_name(f"{prefix}weight") not in self.checkpoint
+            if owner is not output or (head and not tied):
                 self._fill(owner, prefix, self.checkpoint.load, recurse=False)
+        if head and output is not None and output.weight.is_meta:  # tied to the embeddings
+            output.weight = self.module.get_input_embeddings().weight
 
     def free_outside(self) -> None:
         """Drop the weights outside the blocks."""
@@ -164,21 +382,47 @@ class StreamedModel:
         import torch
 
         for name, parameter in list(owner.named_parameters(recurse=recurse)):
-            tensor = read(prefix + name)
+            holder = owner.get_submodule(name.rpartition(".")[0])
+            stored = self.stored_name(prefix + name)
+            if self._fused(holder):
+                tensor = self._fuse(holder, stored, parameter.shape, read)
+            else:
+                tensor = read(stored).to(self.device, self.dtype)
             if tensor.shape != parameter.shape:
                 raise ModelError(
-                    f"{prefix + name} is {list(tensor.shape)} in {self.checkpoint.path} but "
+                    f"{stored} is {list(tensor.shape)} in {self.checkpoint.path} but "
                     f"config.json asks for {list(parameter.shape)}",
                     "copy config.json and the weights from one model",
                 )
-            holder = owner.get_submodule(name.rpartition(".")[0])
-            filled = torch.nn.Parameter(
-                tensor.to(self.device, self.dtype or tensor.dtype), requires_grad=False
-            )
+            filled = torch.nn.Parameter(tensor, requires_grad=False)
             holder.register_parameter(name.rpartition(".")[2], filled)
         for buffer_owner in owner.modules() if recurse else [owner]:
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 setattr(buffer_owner, name, buffer.to(self.device))
+
+    def _fuse(
+        self,
+        holder: torch.nn.Module,
+        stored: str,
+        shape: torch.Size,
+        read: Callable[[str], torch.Tensor],
+    ) -> torch.Tensor:
+        """One fused tensor of all experts, from the checkpoint's matrices."""
+        import torch
+
+        name, _, kind = stored.rpartition(".")
+        parts = ("down",) if kind == "down_proj" else ("gate", "up")
+        own = [linear for linear in self._experts(name, holder) if linear.part in parts]
+        fused: torch.Tensor | None = None
+        for linear in own:
+            tensor = read(f"{linear.name}.weight").to(self.device, self.dtype)
+            if tensor.shape != linear.shape:
+                return tensor  # the caller says what is wrong with it
+            if fused is None:
+                fused = torch.empty(shape, device=self.device, dtype=tensor.dtype)
+            linear.part_of(fused).copy_(tensor)
+        assert fused is not None
+        return fused
 
     def _empty(self, owner: torch.nn.Module, recurse: bool = True) -> None:
         import torch

@@ -60,6 +60,15 @@ class Prune(Section):
     )
     pattern: Pattern = Field(Pattern.parse("2:4"), description="See `secateur prune --help`.")
     layers: tuple[LayerRule, ...] = Field((), description="Exceptions by layer name.")
+    allocate: Literal["uniform", "owl", "alphapruning"] = Field(
+        "uniform",
+        description="How a P% pattern is spread over the blocks; P% of all their weights go.",
+    )
+    permute: bool = Field(
+        False,
+        description="Reorder channels inside blocks so that N:M keeps more; the dense model's "
+        "output stays the same and nothing is slower.",
+    )
     strict: bool = Field(
         False, description="Refuse the model if a layer cannot hold its pattern (else: dense)."
     )
@@ -68,6 +77,9 @@ class Prune(Section):
         description="'reference' repeats the counting of the authors' code where it differs.",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    memory: str | None = Field(
+        None, description="Peak memory of the process, e.g. 2GiB; None: what the machine has."
+    )
 
     @field_validator("layers", mode="before")
     @classmethod

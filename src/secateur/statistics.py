@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeVar
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 1024
 
 _T = TypeVar("_T")
-Need = Literal["norms", "gram", "moments", "gradients"]
+Need = Literal["norms", "gram", "moments", "gradients", "regional"]
 
 
 class InputStatistics:
@@ -47,12 +49,17 @@ class InputStatistics:
         self._moments = _Moments(width, device) if "moments" in needs else None
         self._probe: list[torch.Tensor] = []
         self._probe_per_sequence = -(-PROBE_TOKENS // sequences)
+        self._derived: dict[Hashable, Any] = {}
 
     def update(self, inputs: torch.Tensor) -> None:
         """Add a batch: ``[sequences, tokens, in]``."""
         import torch
 
         batch, length, width = inputs.shape
+        if length == 0:  # an expert that no token of these sequences was routed to
+            self.square_norm *= self.sequences / (self.sequences + batch)
+            self.sequences += batch
+            return
         values = inputs.float()
         flat = values.reshape(-1, width)
         if self._moments is not None:
@@ -68,6 +75,21 @@ class InputStatistics:
         else:
             step = max(1, length // self._probe_per_sequence)
             self._probe.append(values[:, ::step].reshape(-1, width).clone())
+
+    def derived(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+        """What ``compute`` made of these statistics for an earlier linear with the same inputs.
+
+        Args:
+            key: names the computation and its settings.
+        """
+        if key not in self._derived:
+            self._derived[key] = compute()
+        value: _T = self._derived[key]
+        return value
+
+    def forget(self) -> None:
+        """Drop what was `derived`."""
+        self._derived.clear()
 
     @property
     def gram(self) -> torch.Tensor:
@@ -115,7 +137,7 @@ class InputStatistics:
                 return ((weight @ self._gram) * weight).sum(dtype=torch.float64)
             return (probe @ weight.t()).square().sum().double()
 
-        probe = torch.cat(self._probe) if self._gram is None else self._gram
+        probe = torch.cat(self._probe) if self._probe else before.new_zeros(0, before.shape[1])
         power = power_of(before)
         return max(0.0, float(power_of(before - after) / power)) if power > 0 else 0.0
 
@@ -148,41 +170,58 @@ class _Moments:
         self.squares = self.squares + variance * new + shift**2 * (tokens * new / all_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class GradientNorms:
+    """Norms over samples of the gradients of a weight.
+
+    Attributes:
+        norms: ``[out, in]`` fp32: of each weight Σ|g| (l1) or the root of Σ g² (l2), times `scale`.
+        norm: which of the two.
+        samples: how many gradients.
+        scale: what the gradients were multiplied by.
+    """
+
+    norms: torch.Tensor
+    norm: Literal["l1", "l2"]
+    samples: int
+    scale: float
+
+
 class GradientStatistics:
-    """Σ over samples of a weight's gradients, for GBLM.
+    """Sums up the gradients of a weight, one sample at a time.
 
     Args:
         norm: "l1" sums |g|; "l2" takes the root of the sum of g².
         half: store what GBLM's code stores: gradients scaled by 100, l1 summed in fp16 (which
             saturates: 4096 times 0.05 is 128 there), l2 rounded to fp16.
-
-    Attributes:
-        samples: how many were seen.
-        scale: what `norms` is scaled by.
     """
 
     def __init__(self, norm: Literal["l1", "l2"] = "l2", half: bool = False) -> None:
         self.norm = norm
         self.half = half
-        self.scale = 100.0 if half else 1.0
         self.samples = 0
         self._sum: torch.Tensor | None = None
 
     def update(self, gradient: torch.Tensor) -> None:
         """Add one sample's gradient: ``[out, in]``."""
-        scaled = gradient.float() * self.scale
-        term = scaled.abs() if self.norm == "l1" else scaled.square()
+        scaled = gradient.float() * gradient_scale(self.half)
+        term = scaled.abs() if self.norm == "l1" else scaled.square_()
         if self.half and self.norm == "l1":
             term = term.half()
-        self._sum = term if self._sum is None else self._sum + term
+        self._sum = term if self._sum is None else self._sum.add_(term)
         self.samples += 1
 
-    @property
-    def norms(self) -> torch.Tensor:
-        """``[out, in]`` fp32: the norm over samples of each weight's gradient, times `scale`."""
+    def result(self) -> GradientNorms:
+        """The norms of the gradients so far."""
         total = _collected(self._sum, "gradients")
         norms = total if self.norm == "l1" else total.sqrt()
-        return norms.half().float() if self.half else norms
+        norms = norms.half().float() if self.half else norms
+        return GradientNorms(norms, self.norm, self.samples, gradient_scale(self.half))
+
+
+def gradient_scale(half: bool) -> float:
+    """What gradients are multiplied by: 100 in GBLM's code, against the underflow of fp16."""
+    return 100.0 if half else 1.0
 
 
 def _collected(value: _T | None, need: Need) -> _T:

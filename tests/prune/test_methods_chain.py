@@ -28,7 +28,10 @@ def test_a_chain_is_a_method() -> None:
         ("wanda+", "no refinement ''", "choose one of"),
         ("wanda+swap", "no refinement 'swap'", "did you mean 'swaps'"),
         ("lsq+wanda", "cannot come first", "e.g. wanda+lsq"),
-        ("wanda+sparsegpt", "can only come first", "refinements are: dsnot, lsq, swaps"),
+        ("wanda+sparsegpt", "can only come first", "refinements are: blockwise, dsnot, lsq, swaps"),
+        ("wanda+blockwise+lsq", "can only come last", "the end: wanda+lsq+blockwise"),
+        ("wanda+blockwise+blockwise", "can only come last", "the end: wanda+blockwise"),
+        ("blockwise", "cannot come first", "e.g. wanda+blockwise"),
     ],
 )
 def test_a_wrong_word_is_named(name: str, what: str, fix: str) -> None:

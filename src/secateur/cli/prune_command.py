@@ -9,7 +9,7 @@ from typer import Argument, Option
 from secateur.cli import Json, app, emit, parse_pattern_rules, parse_settings
 
 if TYPE_CHECKING:
-    from secateur.prune import Method, Plan, PruneResult, Refinement
+    from secateur.prune import Plan, PruneResult
 
 _PATTERN = (
     "N:M keeps N of M, P% removes P percent; with @Rx1 (R = 4, 8, 16) for R rows at once; dense."
@@ -44,6 +44,17 @@ def prune(
     samples: Annotated[int, Option(help="Calibration sequences.")] = 32,
     length: Annotated[int, Option(help="Tokens per sequence.")] = 512,
     seed: Annotated[int, Option(help="Decides which text is drawn.")] = 0,
+    allocate: Annotated[
+        str,
+        Option(help="How P% is spread over the blocks: uniform, owl or alphapruning."),
+    ] = "uniform",
+    permute: Annotated[
+        bool, Option("--permute", help="Reorder channels so that N:M keeps more; free at run time.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        Option(help="Peak memory, e.g. 2GiB; a promise.", show_default="what there is"),
+    ] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     compat: Annotated[
         str, Option(help="exact, or reference: count as the authors' code does.")
@@ -70,6 +81,9 @@ def prune(
             "pattern": pattern,
             "layers": parse_pattern_rules(layer or []),
             "strict": strict,
+            "allocate": allocate,
+            "permute": permute,
+            "memory": memory,
             "compat": compat,
             "device": device,
         },
@@ -106,7 +120,7 @@ def methods(json: Json = False) -> None:
 
     from secateur.prune import METHODS, REFINEMENTS
 
-    steps: list[Method | Refinement] = [*METHODS.values(), *REFINEMENTS.values()]
+    steps = [*METHODS.values(), *REFINEMENTS.values()]
     if json:
         emit(
             [
@@ -115,7 +129,7 @@ def methods(json: Json = False) -> None:
                     "kind": "refinement" if step.name in REFINEMENTS else "method",
                     "summary": step.summary,
                     "source": step.source,
-                    "needs": sorted(step.needs),
+                    "needs": sorted(getattr(step, "needs", ["block"])),
                     "settings": step.settings.model_dump(),
                 }
                 for step in steps
@@ -125,10 +139,14 @@ def methods(json: Json = False) -> None:
     table = Table("method", "what it does", "reads", "source", box=None)
     for step in steps:
         name = f"+{step.name}" if step.name in REFINEMENTS else step.name
-        table.add_row(name, step.summary, ", ".join(sorted(step.needs)) or "nothing", step.source)
+        table.add_row(
+            name,
+            step.summary,
+            ", ".join(sorted(getattr(step, "needs", ["block"]))) or "nothing",
+            step.source,
+        )
     Console().print(table)
     print("Chain a method and refinements: --method wanda+lsq")
-    print("gblm needs gradients, which only `secateur layer` takes so far, from a file")
 
 
 def _show_plan(plan: Plan) -> None:
