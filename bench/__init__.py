@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from secateur.bench.accuracy import measure_accuracy
 from secateur.bench.latency import measure_latency
+from secateur.bench.methods import MethodsResult, measure_methods
 from secateur.bench.results import AccuracyResult, LatencyResult
 from secateur.bench.subjects import model_bytes
 from secateur.bench.summary import render_summary, summarise
@@ -15,8 +16,10 @@ from secateur.bench.summary import render_summary, summarise
 __all__ = [
     "AccuracyResult",
     "LatencyResult",
+    "MethodsResult",
     "measure_accuracy",
     "measure_latency",
+    "measure_methods",
     "model_bytes",
     "render_summary",
     "summarise",

@@ -36,7 +36,7 @@ from secateur.bench.results import (
     _Result,
 )
 from secateur.calibration import calibration_inputs, read_text
-from secateur.checkpoint import Checkpoint, file_sha256, write_json
+from secateur.checkpoint import Checkpoint, file_sha256, save_tensors, write_json
 from secateur.device import choose_device
 from secateur.errors import EnvironmentFault, ModelError, SecateurError, UsageError
 from secateur.model import StreamedModel
@@ -269,15 +269,15 @@ def time_dense_passes(
 ) -> float:
     """Seconds of the least that a calibrated walk does: load, run twice and free every block.
 
-    No statistics, no pruning. The time of a pass does not depend on what the text says, so one
-    that the model would have to write first is replaced by another.
+    No statistics, no pruning. The time of a pass does not depend on what the text says; without
+    any it is Python's language reference.
     """
     import torch
 
     place = choose_device(device)
     dtype = torch.float32 if place.type == "cpu" else None  # as prune
     streamed = StreamedModel(Checkpoint(model), place, dtype)
-    text = "pydoc" if data in ("self", "none") else data
+    text = "pydoc" if data == "none" else data
     inputs = calibration_inputs(
         streamed, recipe.Calibration(data=text, samples=samples, length=length, seed=seed)
     )
@@ -289,6 +289,21 @@ def time_dense_passes(
         walk.advance(index)
         streamed.free_block(index)
     return _now(place) - begun
+
+
+def write_own_text(model: str, calibration: str, device: str, file: str) -> None:
+    """Let a model write its calibration text, into a file that ``--data`` takes.
+
+    Args:
+        calibration: the recipe's section as JSON.
+    """
+    import torch
+
+    place = choose_device(device)
+    dtype = torch.float32 if place.type == "cpu" else None  # as prune
+    streamed = StreamedModel(Checkpoint(model), place, dtype)
+    wanted = recipe.Calibration.model_validate_json(calibration)
+    save_tensors(Path(file), calibration_inputs(streamed, wanted))
 
 
 def _now(device: torch.device) -> float:
@@ -376,6 +391,24 @@ class _Bench:
             "versions": machine.versions,
         }
 
+    @cached_property
+    def text(self) -> str:
+        """What cells are told to calibrate on; what the model writes itself is written once."""
+        calibration = self.calibration
+        if calibration.data != "self":
+            return calibration.data
+        key = json.dumps([self.identity["model"], calibration.model_dump()], sort_keys=True)
+        file = self.work / f"self-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        if not file.exists():
+            self.say("calibration text, written by the model")
+            script = (
+                "import sys; from secateur.bench.methods import write_own_text; "
+                "write_own_text(*sys.argv[1:])"
+            )
+            how = [str(self.model), calibration.model_dump_json(), self.device, str(file)]
+            run_process([sys.executable, "-c", script, *how])
+        return str(file)
+
     def make_work(self) -> None:
         """Make the directory of what is finished."""
         try:
@@ -419,7 +452,7 @@ class _Bench:
         """Time two dense passes once more."""
         self.say("two dense passes, to compare times with")
         text = self.calibration
-        arguments = [str(self.model), text.data, text.samples, text.length, text.seed, self.device]
+        arguments = [str(self.model), self.text, text.samples, text.length, text.seed, self.device]
         script = (
             "import json, sys; from secateur.bench.methods import time_dense_passes; "
             "print(time_dense_passes(*json.loads(sys.argv[1])))"
@@ -463,7 +496,7 @@ class _Bench:
 
     def _prune(self, pattern: Pattern, entry: Entry) -> list[str]:
         text, output = self.calibration, self.folder(pattern, entry)
-        calibration = ["--data", text.data, "--samples", str(text.samples)]
+        calibration = ["--data", self.text, "--samples", str(text.samples)]
         calibration += ["--length", str(text.length), "--seed", str(text.seed)]
         how = ["--pattern", str(pattern), "--compat", self.compat, "--device", self.device]
         return ["prune", str(self.model), "-o", str(output), *entry.arguments(), *how, *calibration]

@@ -31,6 +31,7 @@ from secateur.compile.packed import (
 )
 from secateur.compile.values import VALUE_TYPES, check_value_type, convert, with_dtype
 from secateur.errors import ModelError
+from secateur.model import ARCHITECTURES
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
 
@@ -104,6 +105,7 @@ def pack_model(
     facts = Manifest.read(pruned)
     if facts.kind != "pruned":
         raise ModelError(f"{pruned} is a {facts.kind} model, not a pruned one", _PRUNE_AGAIN)
+    _refuse_other_modules(source, facts)
     hashes = source.sha256() | {MASKS: _masks_sha256(source.path)}
     identity = {"kind": "packed", "format": "packed", "values": values, "source": hashes}
     with Artifact(output, identity, overwrite) as artifact:
@@ -131,6 +133,19 @@ def pack_model(
             raise
         artifact.commit(manifest, {"compile": {"seconds": time.perf_counter() - started}})
     return report.model_copy(update={"seconds": time.perf_counter() - started})
+
+
+def _refuse_other_modules(source: Checkpoint, facts: Manifest) -> None:
+    """The packed form is read back into ``torch.nn.Linear`` modules of the same names."""
+    kind = source.config.get("model_type", "")
+    architecture = ARCHITECTURES.get(kind)
+    renamed = architecture is not None and (architecture.experts or architecture.stored)
+    if renamed or any(layer.transposed for layer in facts.layers.values()):
+        raise ModelError(
+            f"{kind} models cannot be packed: transformers holds their weights fused, transposed, "
+            "or under other names",
+            "use the pruned directory as it is; it is an ordinary model with zeros in place",
+        )
 
 
 def _masks_sha256(directory: Path) -> str:

@@ -1,5 +1,6 @@
 """The prune stage: which weights go, and what the others become."""
 
+from secateur.prune.allocate import ALLOCATIONS
 from secateur.prune.layer import LayerResult, prune_layer
 from secateur.prune.method import Method, Problem, Refinement, Solution
 from secateur.prune.methods import METHODS, REFINEMENTS, find_method
@@ -7,6 +8,7 @@ from secateur.prune.plan import LayerPlan, Plan
 from secateur.prune.stage import PruneResult, plan, prune_model
 
 __all__ = [
+    "ALLOCATIONS",
     "METHODS",
     "REFINEMENTS",
     "LayerPlan",

@@ -154,6 +154,7 @@ class RegionStep:
     source: str
     function: Callable[[Region, Any], dict[str, Any]]
     settings: Any
+    needs: frozenset[Need] = NORMS
 
 
 def masked(weight: torch.Tensor, mask: torch.Tensor) -> Solution:

@@ -18,7 +18,7 @@ from secateur.prune.dsnot import REFINEMENT as _dsnot
 from secateur.prune.gblm import METHOD as _gblm
 from secateur.prune.lsq import REFINEMENT as _lsq
 from secateur.prune.magnitude import METHOD as _magnitude
-from secateur.prune.method import NORMS, Method, Problem, Refinement, RegionStep, Solution
+from secateur.prune.method import Method, Problem, Refinement, RegionStep, Solution
 from secateur.prune.ria import METHOD as _ria
 from secateur.prune.sparsegpt import METHOD as _sparsegpt
 from secateur.prune.swaps import REFINEMENT as _swaps
@@ -86,7 +86,7 @@ def find_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         name=name,
         summary="; ".join(step.summary for step in everyone),
         source="; ".join(step.source for step in everyone),
-        needs=method.needs.union(NORMS if regional else (), *(step.needs for step in refinements)),
+        needs=method.needs.union(*(step.needs for step in steps)),
         function=_solve_chain,
         settings=(method, refinements),
         workspace=(max(space[0] for space in spaces), max(space[1] for space in spaces)),

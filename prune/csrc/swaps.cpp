@@ -74,23 +74,25 @@ INLINE void start(const Layer &l, const BlockRow &row, Scratch &s) {
 }
 
 INLINE void find_costs(const Layer &l, const BlockRow &row, Scratch &s) {
+    const Index columns = l.columns;  // in a register: the loops over it are the hot ones
     const float *sign = s.sign.data(), *square = s.square.data();
     float *cost = s.cost.data();
     for (Index r = 0; r < l.height; ++r) {
-        const float *v = row.value + r * l.columns, *c = row.slope + r * l.columns;
+        const float *v = row.value + r * columns, *c = row.slope + r * columns;
         const float *before = r ? cost : square;
-        for (Index j = 0; j < l.columns; ++j) cost[j] = before[j] + 2 * sign[j] * v[j] * c[j];
+        for (Index j = 0; j < columns; ++j) cost[j] = before[j] + 2 * sign[j] * v[j] * c[j];
     }
 }
 
 // Flips p and u.
 INLINE void exchange(const Layer &l, const BlockRow &row, Scratch &s, Index p, Index u) {
-    const float *gram_p = l.gram + p * l.columns, *gram_u = l.gram + u * l.columns;
+    const Index columns = l.columns;
+    const float *gram_p = l.gram + p * columns, *gram_u = l.gram + u * columns;
     for (Index r = 0; r < l.height; ++r) {
-        float *v = row.value + r * l.columns, *c = row.slope + r * l.columns;
+        float *v = row.value + r * columns, *c = row.slope + r * columns;
         const float of_p = s.sign[p] * v[p], of_u = s.sign[u] * v[u];
-        for (Index j = 0; j < l.columns; ++j) c[j] += of_p * gram_p[j] + of_u * gram_u[j];
-        for (Index j : {p, u}) v[j] = row.target[r * l.columns + j];
+        for (Index j = 0; j < columns; ++j) c[j] += of_p * gram_p[j] + of_u * gram_u[j];
+        for (Index j : {p, u}) v[j] = row.target[r * columns + j];
     }
     for (Index j : {p, u}) {
         s.sign[j] = -s.sign[j];
@@ -162,24 +164,25 @@ INLINE Index swap_in_groups(const Layer &l, const BlockRow &row, Scratch &s) {
 // P%. The best exchange of one kept column for any removed one: best[u] = min(best[u], change
 // less cost_u).
 INLINE void compare(const Layer &l, const BlockRow &row, Scratch &s, Index p) {
-    const float *gram_p = l.gram + p * l.columns;
+    const Index columns = l.columns;
+    const float *gram_p = l.gram + p * columns;
     float *best = s.best.data(), *product = s.product.data();
     const float cost = s.cost[p];
     const Index last = l.height - 1;
     for (Index r = 0; r < last; ++r) {
-        const float *v = row.value + r * l.columns;
+        const float *v = row.value + r * columns;
         const float of_p = 2 * v[p];
-        for (Index u = 0; u < l.columns; ++u) product[u] = (r ? product[u] : 0) + of_p * v[u];
+        for (Index u = 0; u < columns; ++u) product[u] = (r ? product[u] : 0) + of_p * v[u];
     }
-    const float *v = row.value + last * l.columns;
+    const float *v = row.value + last * columns;
     const float of_p = 2 * v[p];
     if (last == 0) {
-        for (Index u = 0; u < l.columns; ++u) {
+        for (Index u = 0; u < columns; ++u) {
             const float change = cost - gram_p[u] * (of_p * v[u]);
             best[u] = change < best[u] ? change : best[u];
         }
     } else {
-        for (Index u = 0; u < l.columns; ++u) {
+        for (Index u = 0; u < columns; ++u) {
             const float change = cost - gram_p[u] * (product[u] + of_p * v[u]);
             best[u] = change < best[u] ? change : best[u];
         }
@@ -187,34 +190,40 @@ INLINE void compare(const Layer &l, const BlockRow &row, Scratch &s, Index p) {
 }
 
 INLINE Index swap_anywhere(const Layer &l, const BlockRow &row, Scratch &s) {
+    const Index columns = l.columns;
+    const float *sign = s.sign.data(), *cost = s.cost.data(), *best = s.best.data();
+    const auto order = s.order.begin();
+    const auto by_cost = [](const auto &one, const auto &two) { return one.first < two.first; };
+    float *rest = s.rest.data();
     start(l, row, s);
     Index made = 0;
     for (; made < l.limit; ++made) {
         find_costs(l, row, s);
         Index count = 0;
-        for (Index j = 0; j < l.columns; ++j) {
-            s.order[count] = {s.cost[j] < kInf ? s.cost[j] : kInf, j};  // NaN cannot be sorted
-            count += row.kept[j];
+        for (Index j = 0; j < columns; ++j) {
+            order[count] = {cost[j] < kInf ? cost[j] : kInf, j};  // NaN cannot be sorted
+            count += sign[j] > 0;
         }
         bool found = false;
         for (Index first = 0; first < count && !found; first += l.candidates) {
             const Index last = std::min(first + l.candidates, count);
-            const auto begin = s.order.begin();
-            if (last < count) std::nth_element(begin + first, begin + last, begin + count);
+            if (last < count)
+                std::nth_element(order + first, order + last, order + count, by_cost);
             std::fill(s.best.begin(), s.best.end(), kInf);
-            for (Index k = first; k < last; ++k) compare(l, row, s, s.order[k].second);
-            for (Index j = 0; j < l.columns; ++j)
-                s.rest[j] = s.sign[j] < 0 ? s.best[j] + s.cost[j] : kInf;
-            const Index u = lowest(s.rest.data(), l.columns);
-            if (!(s.rest[u] < -row.least)) continue;
+            for (Index k = first; k < last; ++k) compare(l, row, s, order[k].second);
+            for (Index j = 0; j < columns; ++j) {
+                const float change = best[j] + cost[j];
+                rest[j] = sign[j] < 0 ? change : kInf;
+            }
+            const Index u = lowest(rest, columns);
+            if (!(rest[u] < -row.least)) continue;
             found = true;
             Index p = 0;
             float change = kInf;
             for (Index k = first; k < last; ++k) {
-                const Index q = s.order[k].second;
-                const float bond = 2 * l.gram[q * l.columns + u] * product_of(l, row, q, u);
-                const float other = s.cost[q] - bond;
-                if (other < change) change = other, p = q;
+                const Index q = order[k].second;
+                const float bond = 2 * l.gram[q * columns + u] * product_of(l, row, q, u);
+                if (cost[q] - bond < change) change = cost[q] - bond, p = q;
             }
             exchange(l, row, s, p, u);
         }

@@ -140,6 +140,8 @@ def calibration_inputs(
         ModelError: text or images that are missing or unfit, a model that cannot start a text.
     """
     checkpoint = model.checkpoint
+    if calibration.data.endswith(".safetensors"):
+        return _stored(Path(calibration.data), model)
     if model.architecture.reads == "images":
         return _images(model, calibration)
     limit = checkpoint.config.get("max_position_embeddings", checkpoint.config.get("n_positions"))
@@ -161,6 +163,37 @@ def calibration_inputs(
     with progress("writing calibration text (tokens)", quiet) as tick:
         own = self_generated(dense, first, calibration.samples, length, calibration.seed, tick)
     return {"input_ids": own}
+
+
+def _stored(file: Path, model: StreamedModel) -> dict[str, torch.Tensor]:
+    """Samples that were made before, e.g. by a model that wrote them itself."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    name = "input_ids" if model.architecture.reads == "text" else "pixel_values"
+    try:
+        inputs = load_file(file)
+    except (SafetensorError, OSError) as fault:
+        raise ModelError(f"{file} cannot be read: {fault}", "give a safetensors file") from fault
+    if name not in inputs or not len(inputs[name]):
+        raise ModelError(
+            f"{file} holds no samples {name!r}; it holds: {', '.join(sorted(inputs))}",
+            "store input_ids [samples, length], or pixel_values [samples, channels, height, width]",
+        )
+    if name == "input_ids":
+        ids, vocabulary = inputs[name], int(model.checkpoint.config.get("vocab_size", 0))
+        if (
+            ids.ndim != 2
+            or ids.is_floating_point()
+            or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
+        ):
+            raise ModelError(
+                f"{file}: input_ids {list(ids.shape)} are no ids [samples, length] of this model's "
+                f"{vocabulary} tokens",
+                "make them with this model's tokenizer",
+            )
+        inputs = {name: ids.long()}
+    return inputs
 
 
 def _images(model: StreamedModel, calibration: Calibration) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from secateur.prune import prune_model
 from secateur.prune.masks import keep_highest
 from secateur.recipe import Calibration, Prune
 
-SOME = ["bloom", "gemma3_text", "gpt2", "mixtral", "opt", "phi3", "qwen2_moe", "vit"]
+SOME = ["bloom", "falcon", "gemma3_text", "gpt2", "mixtral", "opt", "phi3", "qwen2_moe", "vit"]
 CASES = [(family, "wanda", "2:4") for family in sorted(ARCHITECTURES)]
 CASES += [(f, *how) for f in SOME for how in (("gblm", "2:4"), ("sparsegpt", "50%"))]
 # Matrices in blocks that are no linears, or route tokens: they stay as they are.
@@ -176,9 +176,8 @@ def test_transformers_computes_with_it_what_the_masks_make_of_the_dense_model(
 ) -> None:
     found = logits_of(case.family, opened(case.family, case.out))
     assert found.isfinite().all()
-    if case.method != "sparsegpt":
+    if case.method != "sparsegpt":  # which also changes the weights that it keeps
         assert torch.equal(found, logits_of(case.family, masked(case)))
-    assert not torch.allclose(found, logits_of(case.family, opened(case.family, case.dense)))
 
 
 @pytest.mark.parametrize("method", ["wanda", "gblm", "sparsegpt", "wandapp+blockwise"])
@@ -195,7 +194,7 @@ def test_an_expert_that_sees_no_token_is_pruned_by_magnitude(
     layers, tokens = case.manifest.layers, [0, 0]
     unseen = [name for name in layers if ".experts.2." in name]
     for name in [name for name in layers if ".experts." in name]:
-        facts = layers[name].steps[method.partition("+")[0] if name not in unseen else "magnitude"]
+        facts = layers[name].steps["magnitude" if name in unseen else method]
         assert (facts["tokens"] == 0) == (name in unseen)
         tokens["layers.1." in name] += facts["tokens"] * name.endswith("w1")
     assert tokens == [3 * 24] * 2
@@ -207,10 +206,9 @@ def test_an_expert_that_sees_no_token_is_pruned_by_magnitude(
         by_size = keep_highest(weight.abs(), Pattern.parse("2:4"), among="row")
         assert torch.equal(case.masks[name], by_size)
         assert torch.equal(Checkpoint(case.out).load(f"{name}.weight"), weight * by_size)
-    (note,) = case.manifest.notes[-2:-1]
+    (note,) = case.manifest.notes
     assert note.startswith("6 layers pruned by magnitude, as no calibration token")
     assert note.endswith(", ".join(unseen))
-    assert "it routes tokens" not in note
 
 
 @pytest.mark.parametrize("method", ["wanda", "gblm"])

@@ -87,20 +87,21 @@ def _inspect(directory: Path) -> dict[str, Any]:
 
 def _measured(checkpoint: Any) -> dict[str, dict[str, Any]]:
     """Count the zeros of every linear in the blocks of a directory without a manifest."""
-    from secateur.model import architecture_of
+    import torch
 
-    inside = architecture_of(checkpoint.config).blocks + "."
+    from secateur.model import StreamedModel
+
+    model = StreamedModel(checkpoint, torch.device("cpu"), None)
     layers = {}
-    for name in checkpoint.names():
-        shape = checkpoint.shape(name)
-        if name.startswith(inside) and name.endswith("_proj.weight") and len(shape) == 2:
-            weight = checkpoint.load(name)
-            layers[name.removesuffix(".weight")] = {
-                "shape": list(shape),
+    for block in range(len(model.blocks)):
+        for name, linear in model.linears(block).items():
+            tensor = f"{name}.weight"
+            layers[name] = {
+                "shape": list(linear.shape),
                 "pattern": "dense",
-                "zeros": float((weight == 0).float().mean()),
-                "bytes": checkpoint.nbytes(name),
-                "dense_bytes": checkpoint.nbytes(name),
+                "zeros": float((checkpoint.load(tensor) == 0).float().mean()),
+                "bytes": checkpoint.nbytes(tensor),
+                "dense_bytes": checkpoint.nbytes(tensor),
             }
     return layers
 

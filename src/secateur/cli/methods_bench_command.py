@@ -87,6 +87,8 @@ def methods(
     if merge and markdown_file is None:
         raise UsageError("--merge adds to the Markdown, and there is none", "add --markdown FILE")
     earlier = [MethodsResult.read(path) for path in merge or []]
+    if work is None:
+        work = output.with_suffix(".work") if output else Path("methods.work")
     # Ended like by Ctrl-C, so that the process at work ends too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -98,8 +100,7 @@ def methods(
             reading,
             compat=counting,
             device=device,
-            work=work
-            or (output.with_name(f"{output.stem}.work") if output else Path("methods.work")),
+            work=work,
             keep=keep,
             command=shlex.join(["secateur", *sys.argv[1:]]),
             say=(lambda _: None) if quiet else _say,

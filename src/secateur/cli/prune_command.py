@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from typer import Argument, Option
 
@@ -114,37 +114,37 @@ def prune(
 
 @app.command()
 def methods(json: Json = False) -> None:
-    """List the pruning methods and the refinements that can follow them."""
+    """List the pruning methods, the refinements that can follow them, and the allocations."""
     from rich.console import Console
     from rich.table import Table
 
-    from secateur.prune import METHODS, REFINEMENTS
+    from secateur.prune import ALLOCATIONS, METHODS, REFINEMENTS
 
-    steps = [*METHODS.values(), *REFINEMENTS.values()]
-    if json:
-        emit(
-            [
-                {
-                    "name": step.name,
-                    "kind": "refinement" if step.name in REFINEMENTS else "method",
-                    "summary": step.summary,
-                    "source": step.source,
-                    "needs": sorted(getattr(step, "needs", ["block"])),
-                    "settings": step.settings.model_dump(),
-                }
-                for step in steps
-            ]
-        )
-        return
-    table = Table("method", "what it does", "reads", "source", box=None)
+    rows: list[dict[str, Any]] = []
+    steps: list[Any] = [*METHODS.values(), *REFINEMENTS.values(), *ALLOCATIONS.values()]
     for step in steps:
-        name = f"+{step.name}" if step.name in REFINEMENTS else step.name
-        table.add_row(
-            name,
-            step.summary,
-            ", ".join(sorted(getattr(step, "needs", ["block"]))) or "nothing",
-            step.source,
+        kind = "refinement" if step.name in REFINEMENTS else "method"
+        needs = step.needs
+        if step.name in ALLOCATIONS:
+            kind, needs = "allocation", {"nothing": (), "scores": ("norms",)}.get(needs, (needs,))
+        rows.append(
+            {
+                "name": step.name,
+                "kind": kind,
+                "summary": step.summary,
+                "source": step.source,
+                "needs": sorted(needs),
+                "settings": step.settings.model_dump(),
+            }
         )
+    if json:
+        emit(rows)
+        return
+    table = Table("name", "what it does", "reads", "source", box=None)
+    prefixes = {"method": "", "refinement": "+", "allocation": "--allocate "}
+    for row in rows:
+        reads = ", ".join(row["needs"]) or "nothing"
+        table.add_row(prefixes[row["kind"]] + row["name"], row["summary"], reads, row["source"])
     Console().print(table)
     print("Chain a method and refinements: --method wanda+lsq")
 
