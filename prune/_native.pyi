@@ -16,3 +16,15 @@ def swap(
     threads: int,
 ) -> None:
     """The exchanges of swaps.py; value, kept, slope and made are changed in place."""
+
+def compensate(
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    error: torch.Tensor,
+    factor: torch.Tensor,
+    n: int,
+    m: int,
+    height: int,
+    threads: int,
+) -> None:
+    """A block of columns of sparsegpt.py; weight, kept and error are changed in place."""

@@ -29,7 +29,13 @@ from pydantic import Field
 from secateur.prune.gram import inverse_factor
 from secateur.prune.masks import drop_lowest, keep_highest, per_block
 from secateur.prune.method import GRAM, Method, Problem, Solution
+from secateur.pattern import Pattern
 from secateur.recipe import Section
+
+try:
+    from secateur.prune import _native
+except ImportError:  # installed without a C++ compiler
+    _native = None  # type: ignore[assignment]
 
 
 class Settings(Section):
@@ -58,18 +64,42 @@ def sparsegpt(problem: Problem, settings: Settings) -> Solution:
         factor = upper[start:stop, start:stop]
         if not pattern.is_nm:
             kept.copy_(_choose(block / factor.diagonal(), problem, start))
-        errors = torch.zeros_like(block)
-        for j in range(stop - start):
-            if pattern.is_nm and j % pattern.m == 0:
-                group = slice(j, j + pattern.m)
-                score = (block[:, group] / factor.diagonal()[group]).square()
-                kept[:, group] = keep_highest(score, pattern, among="row")
-            error = block[:, j].where(~kept[:, j], 0) / factor[j, j]
-            block[:, j:] -= error[:, None] * factor[j, j:]
-            errors[:, j] = error
-        block *= kept
+        errors = _compensate(block, kept, factor, pattern)
         weight[:, stop:] -= errors @ upper[start:stop, stop:]
     return Solution(mask, weight, {"damping_retries": retries, "dead_inputs": int(dead.sum())})
+
+
+def _compensate(
+    weight: torch.Tensor, kept: torch.Tensor, factor: torch.Tensor, pattern: Pattern
+) -> torch.Tensor:
+    """Go through a block of columns, in place; N:M chooses its mask on the way.
+
+    Args:
+        weight, kept: ``[out, width]``.
+        factor: ``[width, width]``, U of these columns.
+
+    Returns:
+        e of each column, ``[out, width]``; 0 where the weight is kept.
+    """
+    if _native is not None and weight.device.type == "cpu":
+        own, mask = weight.contiguous(), kept.contiguous()
+        errors = torch.zeros_like(own)
+        limits = pattern.n, pattern.m, pattern.rows, torch.get_num_threads()
+        _native.compensate(own, mask, errors, factor.contiguous(), *limits)
+        weight.copy_(own)
+        kept.copy_(mask)
+        return errors
+    errors = torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        if pattern.is_nm and j % pattern.m == 0:
+            group = slice(j, j + pattern.m)
+            score = (weight[:, group] / factor.diagonal()[group]).square()
+            kept[:, group] = keep_highest(score, pattern, among="row")
+        error = weight[:, j].where(~kept[:, j], 0) / factor[j, j]
+        weight[:, j:] -= error[:, None] * factor[j, j:]
+        errors[:, j] = error
+    weight *= kept
+    return errors
 
 
 def _choose(scaled: torch.Tensor, problem: Problem, start: int) -> torch.Tensor:

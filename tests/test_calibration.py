@@ -1,17 +1,29 @@
-"""Where text comes from and how it is cut."""
+"""Where text and images come from, and how they are cut and drawn."""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from secateur.calibration import draw_windows, read_text, self_generated, token_ids
+from secateur.calibration import (
+    calibration_inputs,
+    draw_windows,
+    read_text,
+    self_generated,
+    token_ids,
+)
+from secateur.checkpoint import Checkpoint
 from secateur.errors import EnvironmentFault, ModelError, SecateurError
-from secateur.model import load_causal_lm, load_tokenizer
+from secateur.model import StreamedModel, load_causal_lm, load_tokenizer
+from secateur.prune import prune_model
+from secateur.recipe import Calibration, Prune
 
 
 def test_files(tmp_path: Path) -> None:
@@ -64,8 +76,6 @@ def test_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_datasets_library_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EnvironmentFault, match=r"`datasets` library"):
         read_text("c4")
@@ -114,3 +124,171 @@ def test_self_generated_text_follows_the_model(tiny: Path) -> None:
             logits = model(tokens[:, :position]).logits[:, -1]
         drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
         assert torch.equal(drawn, tokens[:, position])
+
+
+CLASSES = ["ant", "bee", "cat", "dog", "eel"]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> Path:
+    """A tiny ViT with named classes and a processor; tests must not change it."""
+    import transformers
+
+    path = tmp_path_factory.mktemp("classifier") / "vit"
+    names = {
+        "id2label": dict(enumerate(CLASSES)),
+        "label2id": {n: i for i, n in enumerate(CLASSES)},
+    }
+    make_model(path, "vit", **names)
+    size = {"height": 32, "width": 32}
+    transformers.ViTImageProcessorPil(size=size).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """Make a folder of images of coloured tiles: a file of each given name."""
+    from PIL import Image
+
+    def make(*names: str, mode: str = "RGB") -> Path:
+        for number, name in enumerate(names):
+            generator = torch.Generator().manual_seed(number)
+            tiles = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+            pixels = tiles.repeat_interleave(10, dim=0).repeat_interleave(12, dim=1)
+            file = tmp_path / "images" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).convert(mode).save(file)
+        return tmp_path / "images"
+
+    return make
+
+
+def drawn(
+    classifier: Path, data: Path | str, samples: int = 99, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    model = StreamedModel(Checkpoint(classifier), torch.device("cpu"), torch.float32)
+    return calibration_inputs(model, Calibration(data=str(data), samples=samples, seed=seed))
+
+
+def processed(classifier: Path, file: Path) -> torch.Tensor:
+    """What the model's own processor makes of one image."""
+    import transformers
+    from PIL import Image
+
+    processor = transformers.AutoImageProcessor.from_pretrained(classifier)
+    return processor(images=Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"]
+
+
+def seen_in(classifier: Path, pixels: torch.Tensor) -> list[int]:
+    import transformers
+
+    model = transformers.AutoModelForImageClassification.from_pretrained(classifier).eval()
+    with torch.no_grad():
+        return model(pixel_values=pixels).logits.argmax(-1).tolist()
+
+
+def files_of(inputs: dict[str, torch.Tensor], classifier: Path, folder: Path) -> list[Path]:
+    """Which file each of the samples was."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    known = [processed(classifier, file)[0] for file in files]
+    return [
+        next(f for f, pixels in zip(files, known, strict=True) if torch.equal(pixels, row))
+        for row in inputs["pixel_values"]
+    ]
+
+
+def test_images_in_folders_of_classes_have_their_labels(
+    classifier: Path, folder: Callable[..., Path]
+) -> None:
+    images = folder("dog/1.png", "bee/1.PNG", "dog/2.bmp", "deep/down/eel/3.webp", "dog/4.png")
+    inputs = drawn(classifier, images)
+    assert inputs["pixel_values"].shape == (5, 3, 32, 32)
+    names = [file.parent.name for file in files_of(inputs, classifier, images)]
+    assert [CLASSES[label] for label in inputs["labels"]] == names
+    assert sorted(names) == ["bee", "dog", "dog", "dog", "eel"]
+
+
+@pytest.mark.parametrize("other", ["stray.png", "fox/1.png"])
+def test_else_the_label_is_what_the_model_sees(
+    other: str, classifier: Path, folder: Callable[..., Path]
+) -> None:
+    """One image that is in no class's folder, and none of them is believed."""
+    images = folder(*(f"dog/{number}.png" for number in range(6)), other)
+    inputs = drawn(classifier, images)
+    assert inputs["labels"].tolist() == seen_in(classifier, inputs["pixel_values"])
+    assert len(set(inputs["labels"].tolist())) > 1
+
+
+def test_images_are_drawn_without_repetition_by_the_seed(
+    classifier: Path, folder: Callable[..., Path]
+) -> None:
+    images = folder(*(f"{number}.png" for number in range(8)))
+    (images / "readme.txt").write_text("no image")
+    first, again, other = (drawn(classifier, images, 5, seed) for seed in (3, 3, 4))
+    (images / "readme.txt").unlink()
+    for name in ("pixel_values", "labels"):
+        assert torch.equal(first[name], again[name])
+    assert not torch.equal(first["pixel_values"], other["pixel_values"])
+    chosen = files_of(first, classifier, images)
+    assert len(set(chosen)) == 5
+    everything = drawn(classifier, images, 8)
+    assert len(set(files_of(everything, classifier, images))) == 8
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_images_of_other_colours(mode: str, classifier: Path, folder: Callable[..., Path]) -> None:
+    images = folder("ant/1.png", mode=mode)
+    pixels = drawn(classifier, images)["pixel_values"]
+    assert torch.equal(pixels, processed(classifier, images / "ant" / "1.png"))
+
+
+def test_no_images(classifier: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    for data in (tmp_path, tmp_path / "nowhere", "self", "pydoc", tmp_path / "notes.txt"):
+        with pytest.raises(ModelError, match="is no folder of images") as refusal:
+            drawn(classifier, data)
+        assert "--data DIR" in refusal.value.fix
+
+
+def test_damaged_images_and_a_missing_processor(
+    classifier: Path, folder: Callable[..., Path], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    images = folder("1.png")
+    with pytest.raises(ModelError, match="cannot be prepared") as refusal:
+        drawn(make_model(tmp_path / "bare", "vit"), images)
+    assert "preprocessor_config.json" in refusal.value.fix
+    whole = (images / "1.png").read_bytes()
+    (images / "2.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot be prepared"):
+        drawn(classifier, images)
+    (images / "2.png").write_bytes(b"no image at all")
+    with pytest.raises(ModelError, match=r"cannot be prepared: .*2\.png"):
+        drawn(classifier, images)
+
+
+def test_pillow_is_optional(
+    classifier: Path, folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = folder("1.png")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(EnvironmentFault, match="needs Pillow") as refusal:
+        drawn(classifier, images)
+    assert "secateur[images]" in refusal.value.fix
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_classifier_is_pruned_on_images(
+    labelled: bool, classifier: Path, folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Labels reach the methods that read a loss: with others, other weights go."""
+    images = folder("ant/1.png", "bee/1.png", "cat/1.png")
+    masks: list[Any] = []
+    for number, renamed in enumerate(("ant", "fox")):
+        (images / "ant").rename(images / renamed) if renamed != "ant" else None
+        prune = Prune(method="gblm" if labelled else "wanda", device="cpu")
+        data = Calibration(data=str(images), samples=4)
+        out = tmp_path / f"out-{number}"
+        result = prune_model(str(classifier), out, prune, data, quiet=True)
+        assert result.manifest.notes == ["3 calibration samples: there were no more"]
+        masks.append((out / "masks.safetensors").read_bytes())
+    assert (masks[0] != masks[1]) == labelled

@@ -8,32 +8,16 @@
 //     flip j:  c += s v_j G_j,  s -> -s,  v_j -> W_j
 // Patterns N:M come with the columns sorted by their place in their group, so that one pair of
 // places is a loop over consecutive groups.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include "sparsegpt.h"
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <functional>
-#include <initializer_list>
 #include <limits>
-#include <system_error>
-#include <thread>
 #include <utility>
-#include <vector>
 
 namespace nb = nanobind;
 
 namespace {
 
-using Index = std::int64_t;
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-#if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
-#else
-#define INLINE inline
-#endif
 
 struct Layer {
     const float *gram;                            // [columns, columns]
@@ -249,28 +233,17 @@ Index swap_row_avx2(const Layer &l, const BlockRow &row, Scratch &s) {
     return swap_row(l, row, s);
 }
 
-SwapRow fastest() {
-    __builtin_cpu_init();
-    const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return wide ? swap_row_avx2 : swap_row_plain;
-}
 #else
-SwapRow fastest() { return swap_row_plain; }
+constexpr auto swap_row_avx2 = swap_row_plain;
 #endif
-
-template <typename T, int Dims>
-using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
 
 void swap(Array<const float, 2> gram, Array<const float, 3> target, Array<float, 3> value,
           Array<bool, 2> kept, Array<float, 3> slope, Array<const float, 1> least,
           Array<Index, 1> made, Index m, Index candidates, Index limit, Index threads) {
     const Index rows = target.shape(0), height = target.shape(1), columns = target.shape(2);
-    const auto is = [](const auto &array, std::initializer_list<Index> shape) {
-        return std::equal(shape.begin(), shape.end(), array.shape_ptr());
-    };
-    if (!is(gram, {columns, columns}) || !is(value, {rows, height, columns}) ||
-        !is(kept, {rows, columns}) || !is(slope, {rows, height, columns}) || !is(least, {rows}) ||
-        !is(made, {rows}))
+    if (!has_shape(gram, {columns, columns}) || !has_shape(value, {rows, height, columns}) ||
+        !has_shape(kept, {rows, columns}) || !has_shape(slope, {rows, height, columns}) ||
+        !has_shape(least, {rows}) || !has_shape(made, {rows}))
         throw nb::value_error("the shapes of the tensors do not agree");
     if (height < 1 || columns < 1 || m < 0 || (m && columns % m) || candidates < 1)
         throw nb::value_error("nothing to swap, no candidate, or groups that do not fit");
@@ -283,26 +256,14 @@ void swap(Array<const float, 2> gram, Array<const float, 3> target, Array<float,
             for (Index g = 0; g < groups; ++g)
                 near.push_back(gram.data()[(i * groups + g) * columns + j * groups + g]);
     const Layer layer{gram.data(), near.data(), columns, height, m, candidates, limit};
-    const SwapRow swap_one = fastest();
-    std::atomic<Index> next{0};
-    const auto work = [&](Scratch &scratch) {
-        for (Index b; (b = next++) < rows;) {
-            const Index at = b * height * columns;
-            const BlockRow row{target.data() + at, value.data() + at, kept.data() + b * columns,
-                               slope.data() + at, least.data()[b]};
-            made.data()[b] = swap_one(layer, row, scratch);
-        }
-    };
+    const SwapRow swap_one = has_avx2() ? swap_row_avx2 : swap_row_plain;
     std::vector<Scratch> scratches(std::max<Index>(1, std::min(threads, rows)), Scratch(layer));
-    std::vector<std::thread> others;
-    try {
-        for (std::size_t t = 1; t < scratches.size(); ++t)
-            others.emplace_back(work, std::ref(scratches[t]));
-    } catch (const std::system_error &) {
-        // No more threads to be had: those that there are do all rows.
-    }
-    work(scratches[0]);
-    for (std::thread &other : others) other.join();
+    over_rows(rows, scratches, [&](Index b, Scratch &scratch) {
+        const Index at = b * height * columns;
+        const BlockRow row{target.data() + at, value.data() + at, kept.data() + b * columns,
+                           slope.data() + at, least.data()[b]};
+        made.data()[b] = swap_one(layer, row, scratch);
+    });
 }
 
 }  // namespace
@@ -314,4 +275,5 @@ NB_MODULE(_native, module) {
                nb::arg("made").noconvert(), nb::arg("m"), nb::arg("candidates"), nb::arg("limit"),
                nb::arg("threads"),
                "The exchanges of swaps.py; value, kept, slope and made are changed in place.");
+    bind_sparsegpt(module);
 }

@@ -16,6 +16,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.model import ARCHITECTURES, StreamedModel
 from secateur.prune import find_method, prune_model
 from secateur.prune.blockwise import Settings, blockwise
+from secateur.prune.method import Region
 from secateur.prune.regions import RecordedRegion, record_regions
 from secateur.recipe import Calibration, Prune
 from secateur.walk import Walk
@@ -111,8 +112,7 @@ def test_regions_hold_what_the_dense_parts_get_and_return(
         for number, (given, returned) in enumerate(wanted):
             assert torch.equal(region.inputs[number], given)
             assert torch.equal(region.targets[number], returned)
-            with torch.no_grad():
-                assert torch.equal(region.forward(region.inputs[number]), returned)
+            assert torch.equal(made_by(region, number), returned)
 
 
 def test_only_parts_with_linears_that_count_are_regions(of_family: Callable[[str], Path]) -> None:
@@ -131,13 +131,18 @@ def random_masks(region: RecordedRegion) -> dict[str, torch.Tensor]:
     }
 
 
-def error_of(region: Any) -> float:
-    lost = power = 0.0
+def made_by(region: Region, number: int) -> torch.Tensor:
+    """What a region makes of a sample now."""
     with torch.no_grad():
-        for number in range(len(region.inputs)):
-            target = region.targets[number].double()
-            lost += float((region.forward(region.inputs[number]) - target).square().sum())
-            power += float(target.square().sum())
+        return region.forward(region.inputs[number])
+
+
+def error_of(region: Region) -> float:
+    lost = power = 0.0
+    for number in range(len(region.inputs)):
+        target = region.targets[number].double()
+        lost += float((made_by(region, number) - target).square().sum())
+        power += float(target.square().sum())
     return lost / power
 
 
