@@ -26,10 +26,10 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from secateur.pattern import Pattern
 from secateur.prune.gram import inverse_factor
 from secateur.prune.masks import drop_lowest, keep_highest, per_block
 from secateur.prune.method import GRAM, Method, Problem, Solution
-from secateur.pattern import Pattern
 from secateur.recipe import Section
 
 try:
@@ -98,7 +98,7 @@ def _compensate(
         error = weight[:, j].where(~kept[:, j], 0) / factor[j, j]
         weight[:, j:] -= error[:, None] * factor[j, j:]
         errors[:, j] = error
-    weight *= kept
+    weight.masked_fill_(~kept, 0)
     return errors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,23 @@ def test_an_existing_output_is_kept_unless_told(
 def test_formats_name_their_writers() -> None:
     assert FORMATS["packed"].write is pack_model
     assert FORMATS["packed"].description
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_a_model_that_could_not_be_read_back_is_refused(
+    family: str, tmp_path: Path, make_model: Callable[..., Path]
+) -> None:
+    """Weights that transformers holds transposed, or fused."""
+    from secateur.prune import prune_model
+    from secateur.recipe import Calibration, Prune
+
+    dense = make_model(tmp_path / "dense", family)
+    prune_model(
+        str(dense),
+        tmp_path / "out",
+        Prune(method="magnitude"),
+        Calibration(data="none"),
+        quiet=True,
+    )
+    with pytest.raises(ModelError, match=f"{family} models cannot be packed"):
+        pack_model(tmp_path / "out", tmp_path / "packed")

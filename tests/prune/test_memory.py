@@ -113,6 +113,12 @@ def test_everything_in_memory_where_there_is_enough(
 def test_the_less_memory_the_smaller_the_groups(method: str, tiny: Path) -> None:
     planner = Planner(tiny, method)
     least, ample = planner.least(), planner(None).peak_bytes
+    sizes = {p.name: memory._statistics_bytes(p, planner.method) for p in planner.layers}
+    blocks = [[layer for layer in planner.layers if layer.block == block] for block in range(2)]
+    fixed = [
+        memory._block_bytes(planner.model, index, own, planner.method)
+        for index, own in enumerate(blocks)
+    ]
     every = [list(planner.model.linears(block)) for block in range(2)]
     counts = []
     for step in range(9):
@@ -121,9 +127,25 @@ def test_the_less_memory_the_smaller_the_groups(method: str, tiny: Path) -> None
         assert made.spill
         assert made.peak_bytes <= budget
         assert [[name for group in own for name in group] for own in made.groups] == every
+        held = [sum(sizes[name] for name in group) for own in made.groups for group in own]
+        assert BASE + max(fixed) + max(held) <= budget
         counts.append(len(made.groups[0]))
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > 1 or find_method(method).regional is not None
+
+
+@pytest.mark.parametrize("samples", [1, 33, 2000])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude+dsnot"])
+def test_statistics_hold_no_more_than_is_counted(method: str, samples: int, tiny: Path) -> None:
+    planner = Planner(tiny, method)
+    layer = planner.layers[0]
+    width = layer.shape[1]
+    statistics = InputStatistics(width, samples, torch.device("cpu"), planner.method.needs)
+    for _ in range(samples):
+        statistics.update(torch.ones(1, 63, width))
+    held = [value if isinstance(value, list) else [value] for value in vars(statistics).values()]
+    size = sum(t.nbytes for row in held for t in row if isinstance(t, torch.Tensor))
+    assert size <= memory._statistics_bytes(layer, planner.method) + 64 * width  # some vectors
 
 
 def test_what_is_kept_is_counted(

@@ -56,7 +56,7 @@ def make_problem(
         x[:, :, :dead] = 0
         inputs.update(x)
         gradients.update(torch.randn(rows, columns, generator=generator))
-    return Problem(weight, inputs, Pattern.parse(pattern), gradients=gradients)
+    return Problem(weight, inputs, Pattern.parse(pattern), gradients=gradients.result())
 
 
 def best_by_brute_force(scores: list[float], removed: int) -> float:

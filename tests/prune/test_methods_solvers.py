@@ -293,3 +293,33 @@ def test_inputs_that_are_all_zero_prune_by_count_alone() -> None:
         solution = find_method(chain).solve(problem)
         problem.pattern.check(solution.mask)
         assert solution.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("pattern", ["50%", "70%", "2:4", "4:8", "1:4", "50%@4x1", "2:4@8x1"])
+def test_sparsegpt_in_columns_is_the_same_natively(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur.prune import sparsegpt
+
+    assert sparsegpt._native is not None
+    problem = random_problem(24, 200, pattern, seed=3, tokens=300, dead=3)
+    native = find_method("sparsegpt").solve(problem)
+    monkeypatch.setattr(sparsegpt, "_native", None)
+    plain = find_method("sparsegpt").solve(problem)
+    assert torch.equal(native.mask, plain.mask)
+    torch.testing.assert_close(native.weight, plain.weight)
+    for solution in (native, plain):
+        assert not torch.signbit(solution.weight[~solution.mask]).any()
+
+
+def test_linears_with_the_same_inputs_share_one_factorisation() -> None:
+    """What is derived for the first must be right for the second, whatever its weights are."""
+    for method in ("sparsegpt", "alps"):
+        first, second = (random_problem(8, 32, "50%", seed=seed) for seed in (0, 1))
+        alone = find_method(method).solve(second)
+        shared = Problem(first.weight, second.inputs, second.pattern)
+        find_method(method).solve(shared)
+        assert second.statistics._derived
+        after = find_method(method).solve(second)
+        assert torch.equal(alone.mask, after.mask)
+        assert torch.equal(alone.weight, after.weight)

@@ -69,7 +69,7 @@ def test_what_was_not_asked_for_is_not_there() -> None:
         with pytest.raises(RuntimeError, match="not collected"):
             getattr(inputs, name)
     with pytest.raises(RuntimeError, match="'gradients' were not collected"):
-        _ = GradientStatistics().norms
+        GradientStatistics().result()
 
 
 def test_gradients_in_half_precision_saturate_and_in_full_do_not() -> None:
@@ -78,5 +78,28 @@ def test_gradients_in_half_precision_saturate_and_in_full_do_not() -> None:
         statistics = GradientStatistics("l1", half=half)
         for _ in range(4096):
             statistics.update(gradient)
-        assert float(statistics.norms) * 100 / statistics.scale == pytest.approx(expected, rel=1e-3)
-    assert statistics.samples == 4096
+        found = statistics.result()
+        assert float(found.norms) * 100 / found.scale == pytest.approx(expected, rel=1e-3)
+        assert found.samples == 4096
+
+
+def test_what_is_derived_is_computed_once_until_it_is_forgotten() -> None:
+    inputs, calls = InputStatistics(4, 1, CPU), []
+    for _ in range(3):
+        assert inputs.derived("key", lambda: calls.append(1) or len(calls)) == 1
+    inputs.forget()
+    assert inputs.derived("key", lambda: calls.append(1) or len(calls)) == 2
+
+
+def test_sequences_without_tokens_count_but_change_no_sum() -> None:
+    """As an expert sees them."""
+    x = torch.randn(2, 5, 4)
+    with_empty = InputStatistics(4, 4, CPU, frozenset({"norms", "gram", "moments"}))
+    for part in (x[:1], x[:1, :0], x[1:], x[:1, :0]):
+        with_empty.update(part)
+    assert (with_empty.sequences, with_empty.tokens) == (4, 10)
+    flat = x.reshape(-1, 4)
+    torch.testing.assert_close(with_empty.square_norm, flat.square().sum(0) / 4)
+    torch.testing.assert_close(with_empty.gram, flat.T @ flat)
+    torch.testing.assert_close(with_empty.mean, flat.mean(0))
+    torch.testing.assert_close(with_empty.variance, flat.var(0, correction=0))

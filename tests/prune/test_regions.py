@@ -195,6 +195,23 @@ def test_more_epochs_lower_it_further(of_family: Callable[[str], Path]) -> None:
     assert errors[2] < 0.9 * errors[0]
 
 
+def test_steps_are_relative_to_the_size_of_the_weights(of_family: Callable[[str], Path]) -> None:
+    """A thousand times larger, the output projection and what it is to put out: the same errors."""
+    errors = []
+    for factor in (1.0, 1000.0):
+        _, _, regions = recorded(of_family("llama"), "llama")
+        name = "model.layers.1.self_attn.o_proj"
+        mask = random_masks(regions[0])[name]
+        regions[0].linears[name].weight.masked_fill_(~mask, 0).mul_(factor)
+        region = regions[0].open({name: mask})
+        for number in range(SAMPLES):
+            region.targets[number] = factor * region.targets[number]
+        errors.append(blockwise(region, Settings()))
+    assert errors[0]["error_after"] < 0.95 * errors[0]["error_before"]
+    for key in ("error_before", "error_after"):
+        assert errors[1][key] == pytest.approx(errors[0][key], rel=1e-3)
+
+
 @pytest.mark.parametrize("rate", [50.0, 1e30])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
 def test_what_does_not_improve_stays_as_it_was(

@@ -288,3 +288,102 @@ def test_no_bos_token_means_no_text_of_its_own(
     model = make_model(tmp_path / "model", bos_token_id=None, eos_token_id=None)
     with pytest.raises(ModelError, match="no bos_token_id"):
         prune_model(str(model), tmp_path / "out", **prune_with("self"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "mixtral", "qwen2_moe"])
+def test_permuting_channels_changes_the_order_and_not_the_model(
+    family: str, text_file: Path, tmp_path: Path, make_model: Callable[..., Path]
+) -> None:
+    """The dense model whose rows and columns moved computes the same; more of it is kept."""
+    dense = make_model(tmp_path / "dense", family)
+    options = prune_with(text_file, pattern="2:4", permute=True)
+    moved = prune_model(str(dense), tmp_path / "moved", **options).manifest
+    plain = prune_model(
+        str(dense), tmp_path / "plain", **prune_with(text_file, pattern="2:4")
+    ).manifest
+    consumers = [name for name, facts in moved.layers.items() if "permute" in facts.steps]
+    assert consumers
+    assert sum(moved.layers[name].steps["permute"]["moved"] for name in consumers)
+    errors = [
+        sum(facts.relative_error or 0 for facts in manifest.layers.values())
+        for manifest in (moved, plain)
+    ]
+    assert errors[0] < errors[1]
+
+    old, new = Checkpoint(dense), Checkpoint(tmp_path / "moved")
+    for name in new.names():  # nothing but the order of some rows and columns differs
+        before, after = old.load(name), new.load(name)
+        if not name.endswith(".weight") or name.removesuffix(".weight") not in moved.layers:
+            assert torch.equal(before.flatten().sort()[0], after.flatten().sort()[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "opt", "mixtral"])
+def test_the_dense_model_with_permuted_channels_computes_the_same(
+    family: str,
+    text_file: Path,
+    tmp_path: Path,
+    make_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from secateur.prune.work import _Block
+
+    def leave_dense(block: _Block, layer: Any, *_: object) -> None:
+        block._note(layer, 0.0, None, {})
+
+    monkeypatch.setattr(_Block, "_solve", leave_dense)
+    dense = make_model(tmp_path / "dense", family)
+    prune_model(str(dense), tmp_path / "out", **prune_with(text_file, pattern="2:4", permute=True))
+    old, new = Checkpoint(dense), Checkpoint(tmp_path / "out")
+    assert any(not torch.equal(old.load(name), new.load(name)) for name in old.names())
+    tokens = torch.randint(0, 258, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (load_causal_lm(d)(tokens).logits for d in (dense, tmp_path / "out"))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_permutation_is_refused_where_it_makes_no_sense(
+    tiny: Path, text_file: Path, tmp_path: Path, make_model: Callable[..., Path]
+) -> None:
+    gpt2 = make_model(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(UsageError, match="no channels of 'gpt2' can be permuted"):
+        plan(str(gpt2), Prune(permute=True), Calibration())
+    with pytest.raises(UsageError, match="permuted for N:M patterns"):
+        plan(str(tiny), Prune.model_validate({"pattern": "50%", "permute": True}), Calibration())
+
+
+@pytest.mark.parametrize("allocate", ["owl", "alphapruning"])
+def test_allocation_keeps_the_budget_and_follows_its_measure(
+    allocate: str, text_file: Path, tmp_path: Path, make_model: Callable[..., Path]
+) -> None:
+    """Blocks differ, their mean does not; rows round down by less than a column."""
+    dense = make_model(
+        tmp_path / "dense", num_hidden_layers=4, hidden_size=64, intermediate_size=128
+    )
+    options = prune_with(text_file, pattern="70%", allocate=allocate, method="magnitude")
+    manifest = prune_model(str(dense), tmp_path / "out", **options).manifest
+    weights = {name: facts.shape[0] * facts.shape[1] for name, facts in manifest.layers.items()}
+    removed = sum(facts.sparsity * weights[name] for name, facts in manifest.layers.items())
+    assert removed / sum(weights.values()) == pytest.approx(0.7, abs=2e-3)
+    patterns = [manifest.layers[f"model.layers.{i}.mlp.up_proj"].pattern for i in range(4)]
+    assert len(set(patterns)) > 1
+    for index, pattern in enumerate(patterns):
+        block = [f for name, f in manifest.layers.items() if f".{index}." in name]
+        assert {facts.pattern for facts in block} == {pattern}
+
+
+def test_an_allocation_leaves_rules_alone_and_needs_a_percentage(
+    tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    rule = {"match": "*.down_proj", "pattern": "2:4"}
+    options = prune_with(text_file, pattern="50%", allocate="owl", layers=[rule])
+    layers = prune_model(str(tiny), tmp_path / "out", **options).manifest.layers
+    assert {f.pattern for name, f in layers.items() if "down_proj" in name} == {"2:4"}
+    with pytest.raises(UsageError, match="leaves nothing to allocate"):
+        plan(str(tiny), Prune(allocate="owl"), Calibration())
+    with pytest.raises(UsageError, match="'owl' needs calibration text"):
+        prune_model(
+            str(tiny),
+            tmp_path / "none",
+            Prune.model_validate({"pattern": "50%", "allocate": "owl", "method": "magnitude"}),
+            Calibration(data="none"),
+        )

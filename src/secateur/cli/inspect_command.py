@@ -152,6 +152,9 @@ def _diagnosis() -> dict[str, str]:
         kernels = f"native module built; this CPU offers {', '.join(cpu_features()) or 'no SIMD'}"
     except ImportError as fault:
         kernels = f"no native module ({fault}): install again with a C++17 compiler present"
+    pruner = "native module built"
+    if find_spec("secateur.prune._native") is None:
+        pruner = "no native module: +swaps and sparsegpt run in torch, many times slower on a CPU"
     gpu = f"none: torch {torch.__version__} sees no CUDA device"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -163,6 +166,7 @@ def _diagnosis() -> dict[str, str]:
         "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "cpu compute": f"{dtype} ({reason})",
         "kernels": kernels,
+        "pruning": pruner,
         "gpu": gpu,
         "torch": torch.__version__,
         "transformers": version("transformers"),
