@@ -52,7 +52,7 @@ def blockwise(region: Region, settings: Settings) -> dict[str, Any]:
     for _ in range(settings.epochs):
         for number in range(len(region.inputs)):
             with torch.enable_grad():
-                difference = region.forward(region.inputs[number]) - region.targets[number]
+                difference = region.forward(number) - region.targets[number]
                 torch.autograd.backward(difference.square().sum() / power)
             for weight, mask in region.weights:
                 if weight.grad is not None:
@@ -60,9 +60,8 @@ def blockwise(region: Region, settings: Settings) -> dict[str, Any]:
             optimiser.step()
             optimiser.zero_grad()
             decay.step()
-    for weight, mask in region.weights:
+    for weight, _ in region.weights:
         weight.requires_grad_(False)
-        weight.mul_(mask)
     after = _error(region)
     kept = not after < before
     if kept:
@@ -88,7 +87,7 @@ def _error(region: Region) -> float:
     lost = 0.0
     with torch.no_grad():
         for number in range(len(region.inputs)):
-            difference = region.forward(region.inputs[number]) - region.targets[number]
+            difference = region.forward(number) - region.targets[number]
             lost += float(difference.double().square().sum())
     return lost / len(region.inputs) / _power(region)
 

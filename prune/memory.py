@@ -43,7 +43,7 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: it is not one.
     """
-    form = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", text.strip(), re.IGNORECASE)
+    form = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[KMGT]i?)?B)", text.strip(), re.IGNORECASE)
     if form is None:
         raise UsageError(f"the size {text!r} is not understood", "write e.g. 2GiB or 800MB")
     return int(float(form[1]) * _UNITS[form[2].upper()])
@@ -68,14 +68,16 @@ def plan_memory(
     Raises:
         UsageError: the budget is below what the largest block takes; says how much that is.
     """
-    base = _resident()
+    base = resident()
     states_bytes = 4 * samples * length * int(model.module.config.hidden_size)
     limit = base + _available() if budget is None else budget
     stores = len(model.blocks) + 2 if "gradients" in method.needs else 1
     blocks: list[list[LayerPlan]] = [[] for _ in model.blocks]
     for layer in layers:
         blocks[layer.block].append(layer)
-    fixed = max(_block_bytes(model, index, own, method) for index, own in enumerate(blocks))
+    fixed = max(_block_bytes(model, index, own, method, length) for index, own in enumerate(blocks))
+    if method.regional is not None:
+        fixed += 4 * states_bytes
     outside = _outside_bytes(model, method, length)
     every = max(sum(_statistics_bytes(layer, method) for layer in own) for own in blocks)
     together = base + max(fixed + every, outside) + stores * states_bytes
@@ -84,6 +86,8 @@ def plan_memory(
         return MemoryPlan(False, groups, together)
     room = limit - base - fixed
     largest = max(_statistics_bytes(layer, method) for layer in layers)
+    if method.regional is not None:
+        largest = every
     least = base + max(fixed + largest, outside)
     if least > limit and budget is not None:
         raise UsageError(
@@ -116,7 +120,9 @@ def _statistics_bytes(layer: LayerPlan, method: Method) -> int:
     return 4 * width * (width if "gram" in method.needs else 1024)
 
 
-def _block_bytes(model: StreamedModel, index: int, layers: list[LayerPlan], method: Method) -> int:
+def _block_bytes(
+    model: StreamedModel, index: int, layers: list[LayerPlan], method: Method, length: int
+) -> int:
     """A block to compute with, as it is stored and as it will be written, and a solver at work."""
     stored = sum(model.checkpoint.nbytes(name) for name in model.tensor_names(index))
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
@@ -125,8 +131,12 @@ def _block_bytes(model: StreamedModel, index: int, layers: list[LayerPlan], meth
         per_square * layer.shape[1] ** 2 + per_weight * layer.shape[0] * layer.shape[1]
         for layer in layers
     )
-    gradients = 12 * weights if {"gradients", "regional"} & method.needs else 0
-    return 4 * weights + 2 * stored + max(solver, gradients)
+    learning = 0
+    if method.regional is not None or {"gradients", "regional"} & method.needs:
+        # Gradients and their sums, or Adam's two, and what autograd keeps of a sample.
+        learning = 12 * length * sum(sum(layer.shape) for layer in layers)
+        learning += (24 if method.regional is not None else 12) * weights
+    return 4 * weights + 2 * stored + max(solver, learning)
 
 
 def _outside_bytes(model: StreamedModel, method: Method, length: int) -> int:
@@ -140,7 +150,7 @@ def _outside_bytes(model: StreamedModel, method: Method, length: int) -> int:
     return 4 * weights + largest + 4 * 4 * logits
 
 
-def _resident() -> int:
+def resident() -> int:
     """Bytes that this process holds now."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

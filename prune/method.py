@@ -134,7 +134,7 @@ class Region:
     """
 
     name: str
-    forward: Callable[[torch.Tensor], torch.Tensor]
+    forward: Callable[[int], torch.Tensor]
     inputs: Activations
     targets: Activations
     weights: list[tuple[torch.nn.Parameter, torch.Tensor]]

@@ -30,8 +30,7 @@ class RecordedRegion:
     linears: dict[str, Linear]
     inputs: Activations
     targets: Activations
-    rest: tuple[Any, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def open(self, masks: Mapping[str, torch.Tensor]) -> Region:
         """The region as it is now, with the weights of ``masks`` free to change.
@@ -51,10 +50,11 @@ class RecordedRegion:
             linear.part_of(all_kept).copy_(mask)
         return Region(self.name, self._forward, self.inputs, self.targets, list(kept.values()))
 
-    def _forward(self, states: torch.Tensor) -> torch.Tensor:
-        if "hidden_states" in self.options:
-            return _first(self.module(**{**self.options, "hidden_states": states}))
-        return _first(self.module(states, *self.rest, **self.options))
+    def _forward(self, number: int) -> torch.Tensor:
+        states, (rest, options) = self.inputs[number], self.calls[number]
+        if "hidden_states" in options:
+            return _first(self.module(**{**options, "hidden_states": states}))
+        return _first(self.module(states, *rest, **options))
 
     def close(self) -> None:
         """Drop the inputs and outputs."""
@@ -86,8 +86,10 @@ def record_regions(walk: Walk, index: int, names: Collection[str]) -> list[Recor
     def watch(region: RecordedRegion) -> Any:
         def hook(_: object, rest: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
             states = rest[0] if rest else options["hidden_states"]
-            region.inputs[number], region.targets[number] = states, _first(output)
-            region.rest, region.options = rest[1:], options
+            # Copies: some blocks add to the output in place.
+            region.inputs[number] = states.clone()
+            region.targets[number] = _first(output).clone()
+            region.calls.append((rest[1:], options))
 
         return hook
 

@@ -135,9 +135,7 @@ class Work:
                     self.model.load_block(block)
                     linears = self.model.linears(block)
                     own = [layer.name for layer in bearers if layer.block == block]
-                    seen = (
-                        walk.observe(block, own, advance=True, needs=NORMS) if walk and own else {}
-                    )
+                    seen = walk.observe(block, own, advance=True, needs=NORMS) if walk else {}
                     matrices = [linears[name].weight.float() for name in own]
                     if allocation.needs == "scores":
                         norms = [seen[name].square_norm.sqrt() for name in own]
@@ -189,8 +187,9 @@ class Work:
             self.mask_file(block).unlink()
             self.fact_file(block).unlink()
             gradient_file(self.path, block).unlink(missing_ok=True)
-        for name in [*leftovers, MEASURES]:
-            (self.path / name).unlink(missing_ok=True)
+        spilled = self.path.glob("states-*")  # of a run that was killed
+        for file in [*spilled, *(self.path / name for name in [*leftovers, MEASURES])]:
+            file.unlink(missing_ok=True)
         return facts
 
 
@@ -233,14 +232,9 @@ class _Block:
         regions = record_regions(self.walk, self.index, todo) if step and self.walk else []
         observed: dict[str, InputStatistics] = {}
         for group in self.work.plan.memory.groups[self.index]:
-            names = [name for name in group if name in todo]
-            inputs = self.walk.observe(self.index, names) if self.walk and names else {}
-            for name, following in zip(names, [*names[1:], ""], strict=True):
-                own = inputs.get(name)
-                self._solve(todo[name], own, gradients.get(name))
-                if own is not None and own is not inputs.get(following):
-                    own.forget()
+            inputs = self._solve_group([todo[name] for name in group if name in todo], gradients)
             observed |= inputs if step else {}
+            del inputs  # before the next ones are collected
         dense = {name: self.linears[name].weight.clone() for name in observed}
         for name in todo:
             linear = self.linears[name]
@@ -248,9 +242,24 @@ class _Block:
         if step is not None:
             self._reconstruct(step, regions)
             for name, inputs_of in observed.items():
+                if inputs_of.tokens == 0:
+                    continue
                 error = inputs_of.relative_error(dense[name], self.linears[name].weight.float())
                 self.facts[name] = self.facts[name].model_copy(update={"relative_error": error})
         self._write()
+
+    def _solve_group(
+        self, layers: list[LayerPlan], gradients: Mapping[str, GradientNorms]
+    ) -> dict[str, InputStatistics]:
+        """Prune linears whose statistics are in memory together; these statistics."""
+        names = [layer.name for layer in layers]
+        inputs = self.walk.observe(self.index, names) if self.walk and names else {}
+        for layer, following in zip(layers, [*names[1:], ""], strict=True):
+            own = inputs.get(layer.name)
+            self._solve(layer, own, gradients.get(layer.name))
+            if own is not None and own is not inputs.get(following):
+                own.forget()
+        return inputs
 
     def _permute(self, todo: Mapping[str, LayerPlan], gradients: dict[str, GradientNorms]) -> None:
         """Reorder the dense block's free channels where an N:M pattern is to follow."""

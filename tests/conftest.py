@@ -99,6 +99,26 @@ def make_model() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def of_family(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
+) -> Callable[[str], Path]:
+    """A tiny model of each family, made once; tests must not change it."""
+    import transformers
+
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_model(tmp_path_factory.mktemp("dense") / family, family)
+            if family in IMAGE_FAMILIES:
+                size = {"height": 32, "width": 32}
+                transformers.ViTImageProcessorPil(size=size).save_pretrained(made[family])
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny dense Llama directory with tied embeddings; tests must not change it."""
     return make_tiny(tmp_path_factory.mktemp("tiny") / "llama")

@@ -222,7 +222,10 @@ def _images(model: StreamedModel, calibration: Calibration) -> dict[str, torch.T
     chosen = Random(calibration.seed).sample(files, min(calibration.samples, len(files)))
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(str(path))
-        images = [Image.open(file).convert("RGB") for file in chosen]
+        images = []
+        for file in chosen:
+            with Image.open(file) as image:
+                images.append(image.convert("RGB"))
     except (OSError, ValueError, UnidentifiedImageError) as fault:
         raise ModelError(
             f"the calibration images cannot be prepared: {fault}",

@@ -223,6 +223,7 @@ class StreamedModel:
     ) -> None:
         import accelerate
         import transformers
+        from transformers.initialization import no_init_weights
 
         self.checkpoint = checkpoint
         self.device = device
@@ -239,7 +240,8 @@ class StreamedModel:
             auto = transformers.AutoModelForImageClassification
         try:
             config = transformers.AutoConfig.from_pretrained(str(checkpoint.path))
-            with accelerate.init_empty_weights(include_buffers=False):
+            # Weights that are not there need no initial values.
+            with accelerate.init_empty_weights(include_buffers=False), no_init_weights():
                 self.module = auto.from_config(config).eval()
         except (ValueError, KeyError, TypeError) as fault:
             raise ModelError(

@@ -73,8 +73,9 @@ class InputStatistics:
             # One addition a batch: the rounding of 128 of them stays far below the damping.
             self._gram.addmm_(flat.t(), flat)
         else:
-            step = max(1, length // self._probe_per_sequence)
-            self._probe.append(values[:, ::step].reshape(-1, width).clone())
+            step = -(-length // self._probe_per_sequence)
+            if sum(map(len, self._probe)) < PROBE_TOKENS:
+                self._probe.append(values[:, ::step].reshape(-1, width).clone())
 
     def derived(self, key: Hashable, compute: Callable[[], _T]) -> _T:
         """What ``compute`` made of these statistics for an earlier linear with the same inputs.

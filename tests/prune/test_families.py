@@ -41,26 +41,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def of_family(
-    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
-) -> Callable[[str], Path]:
-    """A tiny model of each family, made once; tests must not change it."""
-    import transformers
-
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_model(tmp_path_factory.mktemp("dense") / family, family)
-            if is_image(family):
-                size = {"height": 32, "width": 32}
-                transformers.ViTImageProcessorPil(size=size).save_pretrained(made[family])
-        return made[family]
-
-    return get
-
-
 def is_image(family: str) -> bool:
     return ARCHITECTURES[family].reads == "images"
 

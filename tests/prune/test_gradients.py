@@ -34,21 +34,6 @@ NORMS = {
 ByName = dict[str, list[torch.Tensor]]
 
 
-@pytest.fixture(scope="module")
-def of_family(
-    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
-) -> Callable[[str], Path]:
-    """A tiny model of each family, made once; tests must not change it."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_model(tmp_path_factory.mktemp("gradients") / family, family)
-        return made[family]
-
-    return get
-
-
 def streamed(path: Path) -> StreamedModel:
     return StreamedModel(Checkpoint(path), torch.device("cpu"), torch.float32)
 

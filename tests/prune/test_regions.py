@@ -33,21 +33,6 @@ REGIONS = {family: ["self_attn", "mlp"] for family in ARCHITECTURES} | {
 }
 
 
-@pytest.fixture(scope="module")
-def of_family(
-    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
-) -> Callable[[str], Path]:
-    """A tiny model of each family, made once; tests must not change it."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_model(tmp_path_factory.mktemp("regions") / family, family)
-        return made[family]
-
-    return get
-
-
 class Recorded(NamedTuple):
     """The second block of a model, loaded, and its regions."""
 
@@ -134,7 +119,7 @@ def random_masks(region: RecordedRegion) -> dict[str, torch.Tensor]:
 def made_by(region: Region, number: int) -> torch.Tensor:
     """What a region makes of a sample now."""
     with torch.no_grad():
-        return region.forward(region.inputs[number])
+        return region.forward(number)
 
 
 def error_of(region: Region) -> float:

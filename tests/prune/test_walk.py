@@ -28,21 +28,6 @@ def streamed(path: Path) -> StreamedModel:
     return StreamedModel(Checkpoint(path), CPU, torch.float32)
 
 
-@pytest.fixture(scope="module")
-def of_family(
-    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
-) -> Callable[[str], Path]:
-    """A tiny model of each family, made once; tests must not change it."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_model(tmp_path_factory.mktemp("walk") / family, family)
-        return made[family]
-
-    return get
-
-
 def samples_of(family: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     if ARCHITECTURES[family].reads == "images":
