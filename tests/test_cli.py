@@ -23,26 +23,21 @@ Command = Callable[..., Any]
 COMMANDS = ("prune", "compile", "serve", "bench", "run", "inspect", "doctor", "methods", "formats")
 
 
-def test_help_is_quick_and_light() -> None:
+def test_help_loads_nothing_heavy() -> None:
     script = (
         "import sys; sys.argv = ['secateur', '--help']\n"
         "try:\n    from secateur.cli import main; main()\n"
         "finally:\n    print([m for m in ('torch', 'numpy', 'pydantic', 'transformers') "
         "if m in sys.modules])"
     )
-    quickest = 99.0
-    for _ in range(5):
-        start = time.monotonic()
-        ran = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={k: v for k, v in os.environ.items() if not k.startswith("COV")},
-        )
-        quickest = min(quickest, time.monotonic() - start)
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("COV")},
+    )
     assert ran.stdout.rstrip().endswith("[]")
-    assert quickest < 0.3
     for name in COMMANDS:
         assert f"  {name} " in ran.stdout
 

@@ -53,7 +53,7 @@ class Prune(Section):
     """Which weights go."""
 
     method: str = Field(
-        "wanda", description="A method and its refinements, joined by +; see `secateur methods`."
+        "alps", description="A method and its refinements, joined by +; see `secateur methods`."
     )
     settings: dict[str, bool | int | float | str] = Field(
         {}, description="Settings of the method's steps, e.g. {dsnot.cycles: 50}."

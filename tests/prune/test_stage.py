@@ -29,7 +29,11 @@ PATTERNS = ["2:4", "4:8", "1:4", "50%", "30%", "50%@4x1", "50%@8x1", "2:4@16x1"]
 
 def prune_with(text: Path | str, **settings: Any) -> dict[str, Any]:
     data = Calibration(data=str(text), samples=4, length=32)
-    return {"prune": Prune.model_validate(settings), "calibration": data, "quiet": True}
+    return {
+        "prune": Prune.model_validate({"method": "wanda"} | settings),
+        "calibration": data,
+        "quiet": True,
+    }
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

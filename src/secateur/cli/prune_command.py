@@ -22,7 +22,7 @@ def prune(
     output: Annotated[str, Option("--output", "-o", help="Directory to make.")],
     method: Annotated[
         str, Option(help="A method and its refinements, joined by +; see `secateur methods`.")
-    ] = "wanda",
+    ] = "alps",
     set_: Annotated[
         list[str] | None,
         Option("--set", help="Setting of a step, e.g. dsnot.cycles=20; repeatable."),
