@@ -71,7 +71,7 @@ def test_version(secateur_command: Command) -> None:
         (["prune", "nowhere", "-o", "out"], 3, "no model at nowhere"),
         (["prune", "MODEL", "-o", "out", "--data", "none.txt"], 3, "none.txt cannot be read"),
         (["prune", "TRUNCATED", "-o", "out"], 3, "is truncated"),
-        (["prune", "FOREIGN", "-o", "out"], 3, "'mamba' is not supported (supported: gemma"),
+        (["prune", "FOREIGN", "-o", "out"], 3, "'mamba' is not supported (supported: bloom"),
         (["inspect", "nowhere"], 3, "no model directory"),
         (["compile", "MODEL", "-o", "out"], 3, "no manifest.json"),
         (["run", "none.yaml"], 2, "cannot be read"),
