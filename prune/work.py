@@ -252,8 +252,10 @@ class _Block:
         self, layers: list[LayerPlan], gradients: Mapping[str, GradientNorms]
     ) -> dict[str, InputStatistics]:
         """Prune linears whose statistics are in memory together; these statistics."""
+        if not layers:
+            return {}
         names = [layer.name for layer in layers]
-        inputs = self.walk.observe(self.index, names) if self.walk and names else {}
+        inputs = self.walk.observe(self.index, names) if self.walk else {}
         for layer, following in zip(layers, [*names[1:], ""], strict=True):
             own = inputs.get(layer.name)
             self._solve(layer, own, gradients.get(layer.name))

@@ -133,7 +133,7 @@ def test_wanda_on_the_real_model_equals_the_reference(smollm2: Path, tmp_path: P
     prune_model(
         str(smollm2),
         tmp_path / "out",
-        Prune.model_validate({"pattern": "2:4", "layers": rules}),
+        Prune.model_validate({"method": "wanda", "pattern": "2:4", "layers": rules}),
         data,
         quiet=True,
     )
