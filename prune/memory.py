@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
+# What libraries take on top once they compute: threads, buffers, code loaded when first used.
+LIBRARIES = 256 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
@@ -136,7 +139,7 @@ def _block_bytes(
         # Gradients and their sums, or Adam's two, and what autograd keeps of a sample.
         learning = 12 * length * sum(sum(layer.shape) for layer in layers)
         learning += (24 if method.regional is not None else 12) * weights
-    return 4 * weights + 2 * stored + max(solver, learning)
+    return 4 * weights + 2 * stored + max(solver, learning) + LIBRARIES
 
 
 def _outside_bytes(model: StreamedModel, method: Method, length: int) -> int:
@@ -147,7 +150,7 @@ def _outside_bytes(model: StreamedModel, method: Method, length: int) -> int:
     largest = max((checkpoint.nbytes(name) for name in names), default=0)
     vocabulary = int(checkpoint.config.get("vocab_size", 0))
     logits = vocabulary * length if "gradients" in method.needs else 0
-    return 4 * weights + largest + 4 * 4 * logits
+    return 4 * weights + largest + 4 * 4 * logits + LIBRARIES
 
 
 def resident() -> int:

@@ -13,7 +13,7 @@ from secateur.checkpoint import Checkpoint, save_tensors
 from secateur.device import choose_device
 from secateur.errors import UsageError
 from secateur.model import StreamedModel
-from secateur.prune.memory import parse_size, resident
+from secateur.prune.memory import LIBRARIES, parse_size, resident
 from secateur.prune.plan import Plan, allocated, plan_model, steps_of
 from secateur.prune.work import Work
 from secateur.recipe import Calibration, Prune
@@ -153,7 +153,7 @@ def _refuse_large_self(work: Work, calibration: Calibration) -> None:
     """Writing its own text takes the whole model; say so before it breaks a promise."""
     if calibration.data != "self" or work.prune.memory is None:
         return
-    whole = resident() + 4 * work.plan.total_weights
+    whole = resident() + LIBRARIES + 4 * work.plan.total_weights
     if whole > parse_size(work.prune.memory):
         raise UsageError(
             f"--memory {work.prune.memory} is too little for --data self: the model writes the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations, permutations
 
 import pytest
@@ -24,13 +23,7 @@ from secateur.prune.permute import (
 TWO_OF_FOUR = Pattern.parse("2:4")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose time to more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_score(rows: int, columns: int, seed: int, ties: bool = False) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,21 +21,15 @@ PATHS = ["native", "torch"]
 ROUNDING = 1e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose time to more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(path: str, problem: Problem, start: Solution, **options: Any) -> Solution:
     with pytest.MonkeyPatch.context() as patch:
         if path == "torch":
             patch.setattr(module, "_native", None)
-        elif module._native is None:
-            pytest.skip("installed without the native module")
+        else:
+            assert module._native is not None, "installed without the native module"
         return module.swaps(problem, start, module.Settings(**options))
 
 
@@ -240,8 +233,7 @@ def test_inputs_of_any_strides_stay_as_they_were(path: str, pattern: str) -> Non
 
 
 def test_shapes_that_do_not_agree_are_refused() -> None:
-    if module._native is None:
-        pytest.skip("installed without the native module")
+    assert module._native is not None, "installed without the native module"
     gram, layer = torch.eye(8), torch.zeros(2, 1, 8)
     kept, least = torch.ones(2, 8, dtype=torch.bool), torch.zeros(2)
     made = torch.zeros(2, dtype=torch.int64)
