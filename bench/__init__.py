@@ -1,12 +1,14 @@
 """bench: was it worth it? Accuracy and speed of models against their dense twin.
 
-``measure_accuracy`` and ``measure_latency`` return typed results with a versioned schema;
-``summarise`` puts one dense and one sparse model side by side.
+``measure_accuracy``, ``measure_latency`` and ``measure_kernels`` return typed results with a
+versioned schema; ``summarise`` puts one dense and one sparse model side by side.
 """
 
 from __future__ import annotations
 
 from secateur.bench.accuracy import measure_accuracy
+from secateur.bench.kernel_results import KernelSettings, KernelsResult
+from secateur.bench.kernels import measure_kernels
 from secateur.bench.latency import measure_latency
 from secateur.bench.methods import MethodsResult, measure_methods
 from secateur.bench.results import AccuracyResult, LatencyResult
@@ -15,9 +17,12 @@ from secateur.bench.summary import render_summary, summarise
 
 __all__ = [
     "AccuracyResult",
+    "KernelSettings",
+    "KernelsResult",
     "LatencyResult",
     "MethodsResult",
     "measure_accuracy",
+    "measure_kernels",
     "measure_latency",
     "measure_methods",
     "model_bytes",

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from secateur.compile.dense import write_dense
-from secateur.compile.pack import LayerReport, PackReport, pack_model
-from secateur.compile.packed import PackedModel, read_packed
+from secateur.compile.pack import pack_model
+from secateur.compile.packed import PackedModel, Pieces, read_packed
+from secateur.compile.report import LayerReport, PackReport
 
-__all__ = ["FORMATS", "Format", "LayerReport", "PackReport", "PackedModel", "pack_model"]
-__all__ += ["read_packed", "write_dense"]
+__all__ = ["FORMATS", "Format", "LayerReport", "PackReport", "PackedModel", "Pieces"]
+__all__ += ["pack_model", "read_packed", "write_dense"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Format:
 
 FORMATS = {
     "packed": Format(
-        "bitmask + kept values in a Hugging Face directory; opens with transformers", pack_model
+        "bitmask + kept values, also as int8 or int4, in a Hugging Face directory; opens with "
+        "transformers",
+        pack_model,
     ),
     "dense": Format(
         "plain Hugging Face weights in another value type: the control, and the way back",

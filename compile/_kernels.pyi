@@ -1,4 +1,47 @@
 """Native kernels of secateur (C++17, no torch)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 def cpu_features() -> list[str]:
     """Names of the instruction sets of this CPU that secateur's kernels can use."""
+
+class Matrix:
+    """A weight [rows, columns] in a layout of this CPU."""
+
+    rows: int
+    columns: int
+    nbytes: int
+    def clone(self) -> Matrix: ...
+    def decode(self) -> Any: ...
+    def multiply(self, x: Any, out: Any, bias: Any | None, act8: bool) -> None: ...
+
+def pack(
+    *,
+    rows: int,
+    columns: int,
+    type: str,
+    values: Any,
+    count: int,
+    bits: Any | None,
+    block: int,
+    scales: Any | None,
+    group: int,
+    kind: str,
+    window: int,
+    keep: int,
+    rest: bool,
+) -> Matrix: ...
+def multiply_all(
+    matrices: Sequence[Matrix],
+    x: Any,
+    outs: Sequence[Any],
+    biases: Sequence[Any | None],
+    act8: Sequence[bool],
+) -> None: ...
+def set_threads(count: int, pin: bool) -> None: ...
+def threads() -> int: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def use_isa(name: str) -> None: ...
+def read_bandwidth(nbytes: int, rounds: int) -> list[float]: ...

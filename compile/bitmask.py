@@ -38,6 +38,26 @@ def pack_values(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.reshape(len(mask), counts[0]) if (counts == counts[0]).all() else values
 
 
+def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
+    """Two values of -8 to 7 a byte, the first of each pair in the low half.
+
+    Args:
+        values: int8, ``[count]``.
+
+    Returns:
+        uint8 ``[ceil(count / 2)]``, two's complement; an unused last half is 0.
+    """
+    pairs = torch.zeros(-(-len(values) // 2) * 2, dtype=torch.uint8, device=values.device)
+    pairs[: len(values)] = values.view(torch.uint8) & 15
+    return pairs[::2] | (pairs[1::2] << 4)
+
+
+def unpack_nibbles(nibbles: torch.Tensor, count: int) -> torch.Tensor:
+    """The values, int8 ``[count]``, that `pack_nibbles` packed."""
+    halves = torch.stack([nibbles & 15, nibbles >> 4], dim=1).flatten()[:count]
+    return ((halves ^ 8).view(torch.int8) - 8).contiguous()
+
+
 def expand(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The matrix ``[rows, columns]`` whose kept elements are ``values``, the others +0.0.
 

@@ -10,11 +10,14 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
+
 from secateur.artifact import Artifact, Manifest, library_versions, refuse_existing
 from secateur.checkpoint import CONFIG, INDEX, Checkpoint, save_tensors, write_index, write_json
-from secateur.compile.pack import PackReport
 from secateur.compile.packed import QUANT_METHOD, VALUES, read_packed
-from secateur.compile.values import check_value_type, convert, with_dtype
+from secateur.compile.report import PackReport
+from secateur.compile.values import LIMITS, check_value_type, convert, dtype_of, with_dtype
+from secateur.errors import UsageError
 from secateur.recipe import ValueType
 
 
@@ -27,6 +30,9 @@ def write_dense(
 ) -> PackReport:
     """Write a dense, pruned or packed model directory as plain dense weights.
 
+    Integer values times their scales are rounded once, to ``values``, or to the type that the
+    model's config names.
+
     Args:
         model: the directory; the zeros of a pruned or packed model stay where they are.
         output: directory to make; it appears whole or not at all.
@@ -35,14 +41,22 @@ def write_dense(
 
     Raises:
         ModelError: the model is missing or damaged, or a value does not fit ``values``.
-        UsageError: the output exists, or ``values`` is unknown.
+        UsageError: the output exists, or ``values`` is unknown or not floating-point.
     """
     started = time.perf_counter()
     check_value_type(values)
+    if values in LIMITS:
+        raise UsageError(
+            f"the format dense has floating-point weights, not {values}",
+            "use --values fp32, bf16 or fp16, or the format packed",
+        )
     refuse_existing(Path(output), overwrite)
     source = Checkpoint(model)
     quantization = source.config.get("quantization_config", {})
     packed = read_packed(model) if quantization.get("quant_method") == QUANT_METHOD else None
+    dtype = None if packed is None or packed.config.values not in LIMITS else torch.float32
+    if dtype is not None and values is None:
+        dtype = dtype_of(source.config)
     hashes = source.sha256()
     recipe = {"compile": {"format": "dense", "values": values}}
     stored = read = 0
@@ -51,7 +65,7 @@ def write_dense(
             tensors = {}
             for name in packed.names() if packed else source.names():
                 if _home(name, source) == file:
-                    weight = packed.load(name) if packed else source.load(name)
+                    weight = packed.load(name, dtype) if packed else source.load(name)
                     tensors[name] = convert(name, weight, values)
                     read += weight.nbytes
                     stored += tensors[name].nbytes

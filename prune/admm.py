@@ -31,7 +31,7 @@ import torch
 from pydantic import Field
 
 from secateur.errors import UsageError
-from secateur.prune.gram import damped
+from secateur.gram import damped
 from secateur.prune.masks import drop_lowest, keep_highest, per_block
 from secateur.prune.method import GRAM, Method, Problem, Solution
 from secateur.recipe import Section

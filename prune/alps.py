@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from secateur.prune.gram import damped
+from secateur.gram import damped
 from secateur.prune.lsq import fit_on_mask
 from secateur.prune.masks import keep_highest
 from secateur.prune.method import GRAM, Method, Problem, Solution

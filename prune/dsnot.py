@@ -31,8 +31,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from secateur.gram import row_errors
 from secateur.prune.dsnot_reference import dsnot_reference
-from secateur.prune.gram import row_errors
 from secateur.prune.masks import row_chunks
 from secateur.prune.method import Problem, Refinement, Solution
 from secateur.recipe import Section

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from secateur.prune.gram import damped, row_errors
+from secateur.gram import damped, row_errors
 from secateur.prune.masks import row_chunks
 from secateur.prune.method import GRAM, Problem, Refinement, Solution
 from secateur.recipe import Section

@@ -26,8 +26,8 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from secateur.gram import inverse_factor
 from secateur.pattern import Pattern
-from secateur.prune.gram import inverse_factor
 from secateur.prune.masks import drop_lowest, keep_highest, per_block
 from secateur.prune.method import GRAM, Method, Problem, Solution
 from secateur.recipe import Section

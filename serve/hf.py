@@ -27,15 +27,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateur.compile.packed import (
-    QUANT_METHOD,
-    PackedConfig,
-    PackedLayer,
-    check_headers,
-    decode,
-)
-from secateur.compile.values import VALUE_TYPES
+from secateur.compile.config import BITMASK, QUANT_METHOD, SCALES, VALUES, PackedConfig, PackedLayer
+from secateur.compile.packed import check_headers, decode
+from secateur.compile.values import LIMITS, VALUE_TYPES
 from secateur.errors import ModelError
+from secateur.recipe import ValueType
 
 
 class SparseLinear(torch.nn.Module):
@@ -46,13 +42,18 @@ class SparseLinear(torch.nn.Module):
     that run on the packed form come later.
 
     Attributes:
-        weight_bitmask: uint8 ``[rows / R, ceil(columns / 8)]``.
-        weight_values: ``[rows, per_row]`` or ``[kept]``.
+        weight_bitmask: uint8 ``[rows / R, ceil(columns / 8)]``; None if no weight was removed.
+        weight_values: ``[rows, per_row]`` or ``[kept]``; of int4 uint8 ``[ceil(kept / 2)]``.
+        weight_scales: fp16 ``[rows, ceil(columns / group_size)]`` of integer values, else None.
+            Casting the model leaves it as it is.
+        value_type, group_size: of integer values, else None.
+        dtype: of the dense weight, if the values are integers.
         bias: ``[rows]`` or None.
         weight: dense ``[rows, columns]``, not saved; None until `expand` was called.
     """
 
-    weight_bitmask: torch.Tensor
+    weight_bitmask: torch.Tensor | None
+    weight_scales: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.nn.Parameter | None
 
@@ -63,14 +64,24 @@ class SparseLinear(torch.nn.Module):
         bias: bool,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        value_type: ValueType | None = None,
+        group_size: int | None = None,
     ) -> None:
         super().__init__()
         self.name, self.layer = name, layer
+        self.value_type, self.group_size = value_type, group_size
+        self.dtype = dtype or torch.get_default_dtype()
         self.out_features, self.in_features = layer.shape
-        bits = torch.empty(layer.bitmask_shape, dtype=torch.uint8, device=device)
-        values = torch.empty(layer.values_shape, dtype=dtype, device=device)
-        self.register_buffer("weight_bitmask", bits)
+        # Which tensors there are, and their shapes: as in a file of this layer alone.
+        config = PackedConfig.of(value_type or "fp32", group_size, {name: layer})
+        shapes = {tensor: shape for tensor, (_, shape) in config.stored(name).items()}
+        kind = {"int8": torch.int8, "int4": torch.uint8}.get(value_type or "", dtype)
+        values = torch.empty(shapes[name + VALUES], dtype=kind, device=device)
         self.weight_values = torch.nn.Parameter(values, requires_grad=False)
+        for end, kind in ((BITMASK, torch.uint8), (SCALES, torch.float16)):
+            shape = shapes.get(name + end)
+            held = None if shape is None else torch.empty(shape, dtype=kind, device=device)
+            self.register_buffer(end.removeprefix("."), held)
         self.register_parameter("bias", None)
         if bias:
             added = torch.empty(self.out_features, dtype=dtype, device=device)
@@ -83,8 +94,22 @@ class SparseLinear(torch.nn.Module):
         Raises:
             ModelError: names the tensor that contradicts the model's config.
         """
-        values = self.weight_values.detach()
-        self.weight = decode(self.name, self.layer, self.weight_bitmask, values)
+        values, scales = self.weight_values.detach(), self.weight_scales
+        dtype = None if scales is None else self.dtype
+        self.weight = decode(
+            self.name, self.layer, self.weight_bitmask, values, scales, self.group_size, dtype
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
+        """Move or cast; the scales are moved only."""
+        scales = self.weight_scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight is not None:
+            self.dtype = self.weight.dtype
+        applied = self.weight_scales
+        if scales is not None and applied is not None and applied.dtype != scales.dtype:
+            self.weight_scales = scales.to(applied.device)
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in]`` to ``[..., out]``."""
@@ -154,7 +179,11 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
                     "write the directory again with `secateur compile`",
                 )
             bias = linear.bias is not None
-            model.set_submodule(path, SparseLinear(path, layer, bias, dtype, linear.weight.device))
+            values = packed.values if packed.values in LIMITS else None
+            sparse = SparseLinear(
+                path, layer, bias, dtype, linear.weight.device, values, packed.group_size
+            )
+            model.set_submodule(path, sparse)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -189,15 +218,19 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
             for name, module in model.named_modules()
             if isinstance(module, SparseLinear)
         }
-        types = {module.weight_values.dtype for module in sparse.values()}
-        values = VALUE_TYPES.get(types.pop()) if len(types) == 1 else None
+        types = {
+            module.value_type or VALUE_TYPES.get(module.weight_values.dtype)
+            for module in sparse.values()
+        }
+        values = types.pop() if len(types) == 1 else None
         if values is None:
             raise ModelError(
                 "the packed linears are not all fp32, all bf16 or all fp16",
                 "convert the model to one of these types before saving it",
             )
         layers = {name: module.layer for name, module in sparse.items()}
-        self.quantization_config.packed = PackedConfig(values=values, layers=layers)
+        size = self.quantization_config.packed.group_size
+        self.quantization_config.packed = PackedConfig.of(values, size, layers)
         return None, {}
 
     def is_serializable(self) -> bool:

@@ -1,15 +1,30 @@
 // The native module of secateur.compile. No torch: it is loaded by processes that have none.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "pool.h"
+#include "product.h"
+
 namespace nb = nanobind;
 
+namespace {
+
+template <typename T, int Dims>
+using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
+using Bytes = Array<const std::uint8_t, 1>;
+
 // The instruction sets that this CPU offers and that kernels are chosen by.
-static std::vector<std::string> cpu_features() {
+std::vector<std::string> cpu_features() {
     std::vector<std::string> found;
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_cpu_init();
@@ -25,8 +40,169 @@ static std::vector<std::string> cpu_features() {
     return found;
 }
 
+template <typename T>
+T named(const std::string &name, std::initializer_list<std::pair<const char *, T>> known) {
+    for (const auto &[text, value] : known)
+        if (name == text) return value;
+    throw std::invalid_argument("unknown name: " + name);
+}
+
+Type type_of(const std::string &name) {
+    return named<Type>(name, {{"fp32", Type::fp32}, {"bf16", Type::bf16}, {"fp16", Type::fp16},
+                              {"int8", Type::int8}, {"int4", Type::int4}});
+}
+
+Matrix pack(Index rows, Index columns, const std::string &type, const Bytes &values, Index count,
+            const std::optional<Bytes> &bits, int block,
+            const std::optional<Array<const std::uint16_t, 2>> &scales, int group,
+            const std::string &kind, int window, int keep, bool rest) {
+    Kept kept;
+    kept.rows = rows;
+    kept.columns = columns;
+    kept.block = block;
+    kept.type = type_of(type);
+    kept.values = values.data();
+    kept.count = count;
+    kept.group = group;
+    if (rows < 1 || columns < 1 || rows > (Index(1) << 31) || columns > (Index(1) << 31) ||
+        count < 0 || block < 1 || rows % block)
+        throw std::invalid_argument("impossible shape");
+    if (Index(values.size()) != (count * bits_of(kept.type) + 7) / 8)
+        throw std::invalid_argument(std::to_string(values.size()) + " bytes of values, not " +
+                                    std::to_string((count * bits_of(kept.type) + 7) / 8));
+    if (bits) {
+        if (Index(bits->size()) != rows / block * ((columns + 7) / 8))
+            throw std::invalid_argument(std::to_string(bits->size()) + " bytes of mask, not " +
+                                        std::to_string(rows / block * ((columns + 7) / 8)));
+        kept.bits = bits->data();
+    }
+    if (scales && group > 0) {
+        if (Index(scales->shape(0)) != rows || Index(scales->shape(1)) != (columns + group - 1) / group)
+            throw std::invalid_argument("scales of another shape than [rows, groups]");
+        kept.scales = scales->data();
+    }
+    Shape shape;
+    shape.kind = named<Kind>(kind, {{"dense", Kind::dense}, {"nm", Kind::nm},
+                                    {"vector", Kind::vector}, {"bitmask", Kind::bitmask}});
+    if (!kept.bits && shape.kind != Kind::dense) throw std::invalid_argument("a sparse layout needs a mask");
+    shape.window = window;
+    shape.keep = keep;
+    shape.rest = rest;
+    const nb::gil_scoped_release release;
+    return Matrix(kept, shape);
+}
+
+using Input = Array<const float, 2>;
+using Output = Array<float, 2>;
+using Bias = std::optional<Array<const float, 1>>;
+
+// One factor of a product, its shapes checked.
+Factor factor(const Matrix &matrix, bool act8, const Bias &bias, const Output &out, const Input &x) {
+    const View &m = matrix.view();
+    const auto text = [](Index a, Index b) {
+        return "[" + std::to_string(a) + ", " + std::to_string(b) + "]";
+    };
+    if (Index(x.shape(1)) != m.columns)
+        throw std::invalid_argument("inputs " + text(x.shape(0), x.shape(1)) + " for a matrix " +
+                                    text(m.rows, m.columns));
+    if (out.shape(0) != x.shape(0) || Index(out.shape(1)) != m.rows)
+        throw std::invalid_argument("outputs " + text(out.shape(0), out.shape(1)) + ", not " +
+                                    text(x.shape(0), m.rows));
+    if (bias && Index(bias->shape(0)) != m.rows)
+        throw std::invalid_argument(std::to_string(bias->shape(0)) + " biases for " +
+                                    std::to_string(m.rows) + " rows");
+    return {&matrix, act8, bias ? bias->data() : nullptr, out.data()};
+}
+
+void multiply_one(const Matrix &matrix, const Input &x, const Output &out, const Bias &bias, bool act8) {
+    const std::vector<Factor> factors{factor(matrix, act8, bias, out, x)};
+    const nb::gil_scoped_release release;
+    multiply(factors, x.data(), Index(x.shape(1)), Index(x.shape(0)));
+}
+
+void multiply_all(const std::vector<const Matrix *> &matrices, const Input &x,
+                  const std::vector<Output> &outs, const std::vector<Bias> &biases,
+                  const std::vector<bool> &act8) {
+    if (outs.size() != matrices.size() || biases.size() != matrices.size() || act8.size() != matrices.size())
+        throw std::invalid_argument("not one output, bias and flag for each matrix");
+    std::vector<Factor> factors;
+    for (std::size_t i = 0; i < matrices.size(); ++i)
+        factors.push_back(factor(*matrices[i], act8[i], biases[i], outs[i], x));
+    const nb::gil_scoped_release release;
+    multiply(factors, x.data(), Index(x.shape(1)), Index(x.shape(0)));
+}
+
+nb::object decode(const Matrix &matrix) {
+    const View &m = matrix.view();
+    auto *out = new float[std::size_t(m.rows * m.columns)];
+    nb::capsule owner(out, [](void *p) noexcept { delete[] static_cast<float *>(p); });
+    {
+        const nb::gil_scoped_release release;
+        over_panels(m.panels, 8, [&](Index from, Index to) {
+            std::vector<float> piece(std::size_t(m.columns * kTileRows));
+            for (Index panel = from; panel < to; ++panel) {
+                matrix.decode(panel, 0, m.columns, piece.data());
+                for (Index r = 0; r < m.height && panel * m.height + r < m.rows; ++r)
+                    for (Index c = 0; c < m.columns; ++c)
+                        out[(panel * m.height + r) * m.columns + c] =
+                            piece[std::size_t(c * kTileRows + r)];
+            }
+        });
+    }
+    return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(
+        out, {std::size_t(m.rows), std::size_t(m.columns)}, owner));
+}
+
+// GB/s of reading a buffer from all threads, once per round.
+std::vector<double> read_bandwidth(Index bytes, int rounds) {
+    if (bytes < 4096 || rounds < 1) throw std::invalid_argument("read at least 4096 bytes, once");
+    const nb::gil_scoped_release release;
+    const Index words = bytes / 8, piece = 1 << 15;
+    std::vector<std::uint64_t> buffer(std::size_t(words), 1);
+    std::vector<double> speeds;
+    std::atomic<std::uint64_t> total{0};
+    for (int round = 0; round <= rounds; ++round) {  // the first one warms up
+        const auto start = std::chrono::steady_clock::now();
+        over_panels(words / piece, 4, [&](Index from, Index to) {
+            total += kernels().checksum(buffer.data() + from * piece, (to - from) * piece);
+        });
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        if (round) speeds.push_back(double(words / piece * piece) * 8e-9 / seconds.count());
+    }
+    if (total == 0) throw std::logic_error("nothing was read");
+    return speeds;
+}
+
+}  // namespace
+
 NB_MODULE(_kernels, m) {
     m.doc() = "Native kernels of secateur (C++17, no torch).";
     m.def("cpu_features", &cpu_features,
           "Names of the instruction sets of this CPU that secateur's kernels can use.");
+    nb::class_<Matrix>(m, "Matrix", "A weight [rows, columns] in a layout of this CPU.")
+        .def_prop_ro("rows", [](const Matrix &a) { return a.view().rows; })
+        .def_prop_ro("columns", [](const Matrix &a) { return a.view().columns; })
+        .def_prop_ro("nbytes", &Matrix::bytes)
+        .def("clone", [](const Matrix &a) { return Matrix(a); })
+        .def("decode", &decode, "The dense weight, float32 [rows, columns].")
+        .def("multiply", &multiply_one, nb::arg("x"), nb::arg("out"), nb::arg("bias").none(), nb::arg("act8"));
+    m.def("pack", &pack, nb::arg("rows"), nb::arg("columns"), nb::arg("type"), nb::arg("values"),
+          nb::arg("count"), nb::arg("bits").none(), nb::arg("block"), nb::arg("scales").none(),
+          nb::arg("group"), nb::arg("kind"), nb::arg("window"), nb::arg("keep"), nb::arg("rest"));
+    m.def("multiply_all", &multiply_all, nb::arg("matrices"), nb::arg("x"), nb::arg("outs"),
+          nb::arg("biases"), nb::arg("act8"));
+    m.def("set_threads", &set_threads, nb::arg("count"), nb::arg("pin"));
+    m.def("threads", &get_threads);
+    m.def("isa", [] { return std::string(kernels().name); });
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (const Kernels *k : usable_kernels()) names.push_back(k->name);
+        return names;
+    });
+    m.def("use_isa", [](const std::string &name) {
+        for (const Kernels *k : usable_kernels())
+            if (name == k->name) return use_kernels(*k);
+        throw std::invalid_argument("this CPU cannot run " + name);
+    });
+    m.def("read_bandwidth", &read_bandwidth, nb::arg("nbytes"), nb::arg("rounds"));
 }

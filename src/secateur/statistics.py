@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 1024
 
 _T = TypeVar("_T")
-Need = Literal["norms", "gram", "moments", "gradients", "regional"]
+Need = Literal["norms", "gram", "moments", "probe", "gradients", "regional"]
 
 
 class InputStatistics:
@@ -24,8 +24,8 @@ class InputStatistics:
         sequences: how many will be fed.
         device: where to keep the sums.
         needs: what to collect beside the norms. "gram": `gram`. "moments": `sequence_sum`,
-            `within_variance`, `mean` and `variance`. Asking for what was not collected is an
-            error.
+            `within_variance`, `mean` and `variance`. "probe": `probe`, which is also there
+            without "gram". Asking for what was not collected is an error.
 
     Attributes:
         sequences, tokens: how many were seen.
@@ -47,6 +47,7 @@ class InputStatistics:
         self.square_norm = torch.zeros(width, device=device)
         self._gram = torch.zeros(width, width, device=device) if "gram" in needs else None
         self._moments = _Moments(width, device) if "moments" in needs else None
+        self._probes = "probe" in needs or "gram" not in needs
         self._probe: list[torch.Tensor] = []
         self._probe_per_sequence = -(-PROBE_TOKENS // sequences)
         self._derived: dict[Hashable, Any] = {}
@@ -72,7 +73,7 @@ class InputStatistics:
         if self._gram is not None:
             # One addition a batch: the rounding of 128 of them stays far below the damping.
             self._gram.addmm_(flat.t(), flat)
-        else:
+        if self._probes:
             step = -(-length // self._probe_per_sequence)
             if sum(map(len, self._probe)) < PROBE_TOKENS:
                 self._probe.append(values[:, ::step].reshape(-1, width).clone())
@@ -101,6 +102,14 @@ class InputStatistics:
     def has_gram(self) -> bool:
         """Whether the Gram matrix is collected."""
         return self._gram is not None
+
+    @property
+    def probe(self) -> torch.Tensor:
+        """``[tokens, in]`` fp32, about `PROBE_TOKENS` inputs spread evenly over the sequences."""
+        import torch
+
+        kept = _collected(self._probe if self._probes else None, "probe")
+        return torch.cat(kept) if kept else self.square_norm.new_zeros(0, len(self.square_norm))
 
     @property
     def sequence_sum(self) -> torch.Tensor:
@@ -136,9 +145,8 @@ class InputStatistics:
         def power_of(weight: torch.Tensor) -> torch.Tensor:
             if self._gram is not None:
                 return ((weight @ self._gram) * weight).sum(dtype=torch.float64)
-            return (probe @ weight.t()).square().sum().double()
+            return (self.probe @ weight.t()).square().sum().double()
 
-        probe = torch.cat(self._probe) if self._probe else before.new_zeros(0, before.shape[1])
         power = power_of(before)
         return max(0.0, float(power_of(before - after) / power)) if power > 0 else 0.0
 

@@ -206,8 +206,8 @@ def test_inputs_that_are_not_pruned_models(pruned: Path, tmp_path: Path) -> None
     (pruned / "masks.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no masks\.safetensors"):
         pack_model(pruned, tmp_path / "again")
-    with pytest.raises(UsageError, match="value type 'int8' is not known"):
-        pack_model(pruned, tmp_path / "again", values="int8")
+    with pytest.raises(UsageError, match="value type 'int5' is not known"):
+        pack_model(pruned, tmp_path / "again", values="int5")
 
 
 def test_a_model_without_pruned_layers_is_refused(tmp_path: Path) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from secateur.compile import pack_model, read_packed
 from secateur.errors import ModelError
 from tests.compile.conftest import rewrite
 
 LAYER = "model.layers.1.mlp.down_proj"
+FILE = "model.safetensors"
 BITS, VALUES = f"{LAYER}.weight_bitmask", f"{LAYER}.weight_values"
 Change = Callable[[dict[str, torch.Tensor]], None]
 
@@ -95,15 +98,61 @@ def test_a_config_that_lies(packed: Path, key: str, value: object, said: str) ->
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("format_version", 2), ("values", "int4"), ("layers", 3), ("more", 1)]
+    ("key", "value", "said"),
+    [
+        ("format_version", 3, "format_version: Input should be 1 or 2"),
+        ("format_version", 2, "values: .* version 2 has int8 or int4, not fp32"),
+        ("values", "int4", "values: .* version 1 has fp32, bf16 or fp16, not int4"),
+        ("group_size", 64, "group_size: .* have no groups"),
+        ("layers", 3, "layers: "),
+        ("more", 1, "more: "),
+    ],
 )
-def test_versions_and_keys_that_are_not_known(packed: Path, key: str, value: object) -> None:
+def test_versions_and_keys_that_are_not_known(
+    packed: Path, key: str, value: object, said: str
+) -> None:
     path = packed / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"][key] = value
     path.write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=f"quantization_config: {key}"):
+    with pytest.raises(ModelError, match=f"quantization_config: {said}"):
         read_packed(packed)
+
+
+def test_version_1_lists_no_dense_linear(packed: Path) -> None:
+    path = packed / "config.json"
+    config = json.loads(path.read_text())
+    change = {"pattern": "dense", "kept": 36 * 44, "per_row": 44}
+    config["quantization_config"]["layers"][LAYER] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"layers: .*{LAYER} is dense"):
+        read_packed(packed)
+
+
+@pytest.mark.parametrize("end", [".weight", ".weight_scales"])
+def test_tensors_that_nothing_calls_for(packed: Path, end: str) -> None:
+    rewrite(packed, lambda tensors: tensors.update({LAYER + end: torch.ones(2)}), FILE)
+    with pytest.raises(ModelError, match=f"has a tensor '{LAYER}{end}', which fp32 values"):
+        read_packed(packed)
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "fp16"])
+def test_pieces_are_the_stored_bits(pruned: Path, tmp_path: Path, values: Any) -> None:
+    pack_model(pruned, tmp_path / "other", values=values)
+    model, stored = read_packed(tmp_path / "other"), load_file(tmp_path / "other" / FILE)
+    pieces = model.pieces(LAYER)
+    assert (pieces.layer, pieces.value_type) == (model.layers[LAYER], values)
+    assert (pieces.scales, pieces.group_size) == (None, None)
+    assert pieces.bitmask is not None
+    assert torch.equal(torch.from_numpy(pieces.bitmask), stored[BITS])
+    assert pieces.values.dtype == ("float32" if values == "fp32" else "uint16")
+    assert torch.equal(torch.from_numpy(pieces.values).view(stored[VALUES].dtype), stored[VALUES])
+
+
+def test_pieces_are_checked(packed: Path) -> None:
+    rewrite(packed, edit(BITS, swap_bit), FILE)
+    with pytest.raises(ModelError, match="2:4: row 0 keeps 4"):
+        read_packed(packed).pieces(LAYER)
 
 
 def test_a_truncated_file(packed: Path) -> None:

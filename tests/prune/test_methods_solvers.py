@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from secateur.errors import ModelError
+from secateur.gram import damped, inverse_factor, row_errors
 from secateur.pattern import Pattern
-from secateur.prune.gram import damped, inverse_factor, row_errors
 from secateur.prune.masks import keep_highest
 from secateur.prune.method import Problem
 from secateur.prune.methods import find_method

@@ -12,7 +12,8 @@ from secateur.cli import Json, app, emit
 from secateur.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from secateur.compile import PackReport
+    from secateur.compile import LayerReport, PackReport
+    from secateur.recipe import Calibration
 
 
 @app.command("compile")
@@ -26,23 +27,83 @@ def compile_(
     ] = "packed",
     values: Annotated[
         str | None,
-        typer.Option(help="Convert all weights to fp32, bf16 or fp16.  [default: the model's own]"),
+        typer.Option(
+            help="fp32, bf16 or fp16: convert all weights; int8 or int4: quantise the linears of "
+            "the blocks.  [default: the model's own]"
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="int8, int4: inputs that share a scale: 32, 64 or 128.  [default: 64]"),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="int8, int4: gptq, or rtn (round to nearest).  [default: gptq]"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text of gptq, as of `secateur prune`.  [default: the text that "
+            "pruning read, if it is at hand, else self]"
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences.  [default: 32]")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per sequence.  [default: 512]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides which text is drawn.  [default: 0]")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of gptq: auto, cpu, cuda or cuda:N.  [default: auto]")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     json: Json = False,
 ) -> None:
     """Store a pruned model in a smaller form: a bitmask and the weights that are left."""
     from secateur.compile import FORMATS
+    from secateur.compile.values import LIMITS
 
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_!r} is not known", did_you_mean(format_, FORMATS))
-    report = FORMATS[format_].write(model, output, values=values, overwrite=overwrite)
+    how = {"group_size": group_size, "quantize": quantize, "device": device}
+    text = {"data": data, "samples": samples, "length": length, "seed": seed}
+    how, text = ({key: own[key] for key in own if own[key] is not None} for own in (how, text))
+    options: dict[str, Any] = {"values": values, "overwrite": overwrite}
+    if values in LIMITS and format_ == "packed":
+        options |= {**how, "calibration": _calibration(model, text, quantize), "quiet": quiet}
+    elif unused := [*how, *text]:
+        raise UsageError(
+            f"--{unused[0].replace('_', '-')} is of use to --values int8 and int4 only",
+            f"add --values int8 or int4, or drop --{unused[0].replace('_', '-')}",
+        )
+    report = FORMATS[format_].write(model, output, **options)
     if json:
         emit(report.model_dump(mode="json"))
     else:
         _print(report)
+
+
+def _calibration(model: Path, text: dict[str, Any], quantize: str | None) -> Calibration | None:
+    """The text of the flags, or what stands in for it; None: rtn, which needs none."""
+    from secateur.artifact import Manifest
+    from secateur.compile.calibrate import usual_text
+    from secateur.recipe import Calibration, validate
+
+    if quantize == "rtn" and "data" not in text:
+        if text:
+            raise UsageError(f"--{next(iter(text))} is of no use to rtn without --data", "drop it")
+        return None
+    if text.get("data") == "none":
+        raise UsageError(
+            "gptq needs calibration text and --data is 'none'",
+            "drop --data (the default needs no file), or use --quantize rtn without --data",
+        )
+    usual = {} if "data" in text else {"data": usual_text(Manifest.read(model).recipe)}
+    return validate(Calibration, usual | text, "calibration")
 
 
 def _print(report: PackReport) -> None:
@@ -52,26 +113,33 @@ def _print(report: PackReport) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("linears")
-    for heading in ("count", "shape", "pattern", "dense", "packed", "ratio"):
+    measured = any(layer.quantization_error is not None for layer in report.layers.values())
+    sizes = ("packed", "ratio", "rounding", "inputs") if measured else ("dense", "packed", "ratio")
+    for heading in ("count", "shape", "pattern", *sizes):
         table.add_column(heading, justify="right", no_wrap=True)
-    groups: dict[tuple[str, tuple[int, int], str], list[Any]] = {}
+    groups: dict[tuple[str, tuple[int, int], str], list[LayerReport]] = {}
     for name, layer in report.layers.items():
         group = re.sub(r".*\.\d+\.", "", name)  # the name within its decoder block
         groups.setdefault((group, layer.shape, layer.pattern), []).append(layer)
     for (group, shape, pattern), layers in groups.items():
         dense = sum(layer.dense_bytes for layer in layers)
         packed = sum(layer.packed_bytes for layer in layers)
-        size = f"{shape[0]}x{shape[1]}"
-        table.add_row(group, str(len(layers)), size, pattern, *_sizes(dense, packed))
+        row = [group, str(len(layers)), f"{shape[0]}x{shape[1]}", pattern]
+        table.add_row(*row, *_cells(dense, packed, layers if measured else []))
     if report.layers:
         table.add_section()
-        linears = _sizes(report.linears_dense_bytes, report.linears_packed_bytes)
-        table.add_row("packed linears", str(len(report.layers)), "", "", *linears)
-    table.add_row("whole model", "", "", "", *_sizes(report.dense_bytes, report.packed_bytes))
+        own = list(report.layers.values()) if measured else []
+        cells = _cells(report.linears_dense_bytes, report.linears_packed_bytes, own)
+        table.add_row("packed linears", str(len(report.layers)), "", "", *cells)
+    cells = _cells(report.dense_bytes, report.packed_bytes, [])
+    table.add_row("whole model", "", "", "", *(cells[1:] if measured else cells))
     console = Console()
     console.print(table)
+    said = "not pruned" if report.quantize else "left dense"
     for name, reason in report.kept_dense.items():
-        console.print(f"left dense: {name}: {reason}", markup=False, highlight=False)
+        console.print(f"{said}: {name}: {reason}", markup=False, highlight=False)
+    if report.quantize:
+        console.print(_quantised(report), markup=False, highlight=False, soft_wrap=True)
     values = f" as {report.values}" if report.values else ""
     console.print(
         f"{report.output}: {_megabytes(report.packed_bytes)} of weights{values}, from "
@@ -82,8 +150,27 @@ def _print(report: PackReport) -> None:
     )
 
 
-def _sizes(dense: int, packed: int) -> tuple[str, str, str]:
-    return _megabytes(dense), _megabytes(packed), f"{packed / dense:.3f}"
+def _quantised(report: PackReport) -> str:
+    text, line = report.calibration, f"quantised by {report.quantize}, groups of "
+    line += str(report.group_size)
+    if text is None:
+        return f"{line}; reads no text, so no errors were measured"
+    return (
+        f"{line}, on {report.calibration_tokens} tokens of {text.data!r}, seed {text.seed}\n"
+        "rounding: |(W - Q)X|² / |WX|²; inputs: what rounding them to int8 adds, |Q(X - X8)| / |QX|"
+    )
+
+
+def _cells(dense: int, packed: int, layers: list[LayerReport]) -> tuple[str, ...]:
+    """Sizes; where ``layers`` were measured, instead of the dense one their mean errors."""
+    from statistics import fmean
+
+    ratio = f"{packed / dense:.3f}"
+    if not layers:
+        return _megabytes(dense), _megabytes(packed), ratio
+    rounding = fmean(layer.quantization_error or 0.0 for layer in layers)
+    inputs = fmean(layer.activation_error or 0.0 for layer in layers)
+    return _megabytes(packed), ratio, f"{rounding:.1e}", f"{100 * inputs:.2f} %"
 
 
 def _megabytes(size: int) -> str:

@@ -43,9 +43,11 @@ def inspect(
         )
     console = Console()
     console.print(table)
+    grouped = f" in groups of {facts['group_size']}" if facts["group_size"] else ""
+    values = f", values {facts['values']}{grouped}" if facts["values"] else ""
     console.print(
-        f"{facts['kind']} {facts['architecture']}, {facts['bytes'] / 1e6:.1f} MB of weights in "
-        f"{facts['files']} files",
+        f"{facts['kind']} {facts['architecture']}{values}, {facts['bytes'] / 1e6:.1f} MB of "
+        f"weights in {facts['files']} files",
         soft_wrap=True,
     )
     for note in facts["notes"]:
@@ -71,13 +73,17 @@ def _inspect(directory: Path) -> dict[str, Any]:
                 "dense_bytes": layer.dense_bytes,
                 "relative_error": layer.relative_error,
                 "kept_dense": layer.kept_dense,
+                "quantize": layer.steps.get("quantize"),
             }
+    packed = checkpoint.config.get("quantization_config", {})
     return {
         "directory": str(directory),
         "kind": known.kind if known else "dense",
         "architecture": checkpoint.config.get("model_type", "unknown"),
         "files": len(checkpoint.files),
         "bytes": sum(file.stat().st_size for file in checkpoint.files),
+        "values": packed.get("values"),
+        "group_size": packed.get("group_size"),
         "layers": layers,
         "notes": known.notes if known else [],
         "source": known.source if known else None,

@@ -64,6 +64,7 @@ class _Run:
 
     def all_stages(self) -> dict[str, Any]:
         """Run what is not done yet; the summary dense against sparse."""
+        from secateur.compile.values import DTYPES
         from secateur.source import resolve_model
 
         self._say(f"model: {self.recipe.model}")
@@ -71,7 +72,7 @@ class _Run:
         pruned = self._prune(source)
         packed = self._compile(pruned, "packed")
         dense = source
-        if self.recipe.compile.values is not None:
+        if self.recipe.compile.values in DTYPES:  # integers are compared with the model as it is
             dense = self._compile(source, "dense")
         self._serve_once(packed)
         return self._bench(dense, packed)
@@ -108,15 +109,21 @@ class _Run:
         from secateur.compile import FORMATS
 
         output, values = self.output / form, self.recipe.compile.values
-        wanted = {"compile": {"format": form, "values": values}}
+        options: dict[str, Any] = {"values": values}
+        wanted = {"compile": {"format": form, **options}}
         if form == "packed":
             from secateur.artifact import Manifest
+            from secateur.compile.pack import recorded
 
-            wanted |= Manifest.read(model).recipe
+            settings = self.recipe.compile
+            text = self.recipe.calibration if settings.quantize == "gptq" else None
+            options |= settings.model_dump(exclude={"format"})
+            options |= {"calibration": text, "quiet": self.quiet}
+            wanted = Manifest.read(model).recipe | {"compile": recorded(settings, text)}
         if self._is_done(output, wanted):
             return output
         self._say(f"compile: {form}, values {values or 'as they are'} → {output}")
-        FORMATS[form].write(model, output, values=values, overwrite=self.overwrite)
+        FORMATS[form].write(model, output, **options, overwrite=self.overwrite)
         return output
 
     def _is_done(self, output: Path, wanted: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What several methods compute from the Gram matrix G = Σ x xᵀ of a layer's inputs."""
+"""What solvers compute from the Gram matrix G = Σ x xᵀ of a layer's inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
     if not mean.isfinite():
         raise ModelError(
             "the inputs of a layer are so large that their squares overflow, or are NaN",
-            "check the model's perplexity before pruning; use --device cpu for fp32 activations",
+            "check the model's perplexity; use --device cpu for fp32 activations",
         )
     result = gram.clone()
     result.diagonal().copy_(diagonal.where(alive, mean) + damping * mean)
@@ -57,5 +57,5 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, in
             return upper, retry
     raise ModelError(
         "the inputs of a layer hold NaN or infinite values",
-        "check the model's perplexity before pruning; use --device cpu for fp32 activations",
+        "check the model's perplexity; use --device cpu for fp32 activations",
     )

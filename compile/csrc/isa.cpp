@@ -1,0 +1,13 @@
+// The kernels of the instruction set that this file is compiled for; it is compiled once for each.
+#include "large.h"
+
+#define JOIN(a, b) a##b
+#define KERNELS_OF(isa) JOIN(isa, _kernels)
+#define TEXT_OF(isa) #isa
+#define NAME_OF(isa) TEXT_OF(isa)
+
+const Kernels &KERNELS_OF(ISA)() {
+    using namespace isa::ISA;
+    static constexpr Kernels kernels{NAME_OF(ISA), small, quantize, expand, slots, tile, checksum};
+    return kernels;
+}

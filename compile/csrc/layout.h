@@ -1,0 +1,115 @@
+// The layouts of a packed matrix [rows, columns], y = W x: what lies where.
+//
+// A matrix is a stream of panels, one for every H consecutive rows, in the order in which a product
+// reads it. Vectors run over the rows of a panel, so that no sum across lanes is needed. A *slot* is
+// one kept weight of each row of a panel; two slots of eight rows make a *chunk*:
+//
+//   fp32   8 floats of the first slot, 8 of the second                              64 bytes
+//   fp16   the same in halves                                                       32
+//   bf16   8 x uint32: the first slot in the low, the second in the high half       32
+//
+// and four slots of eight rows a *quad* of integers, 4 consecutive bytes for each row:
+//
+//   int8   one quad                                                                 32 bytes
+//   int4   two quads, the first in the low nibbles, the second in the high ones,
+//          each the value plus 8                                                    32
+//
+// Integers come in groups of A columns, A = min(group size, 64); a group of a panel starts with the
+// fp16 scales of its rows.
+//
+//   kind     H   stream of a panel
+//   dense    8   columns are slots: chunks, or groups of quads
+//   nm       8   window of 4 (2:4) or 16 columns (N:16, N = 4 or 8), N slots each:
+//                  floats: 32 bytes of indices for every 16 slots (2:4: 2 bits in a uint32 for each
+//                          row, first slot lowest) or 8 slots (N:16: 4 bits), then their chunks
+//                  ints:   32 bytes of indices for every 4 quads (2:4: 2 bits in the byte of the
+//                          slot, first quad lowest) or 2 quads (N:16: 4 bits), then their quads
+//   vector   R   the kept columns of a block row are slots.
+//                  floats: of windows of 256 columns the number of slots, uint16 each; uint8 offsets
+//                          of all slots; chunks. The slots of a window are a multiple of 2 (R = 4: of
+//                          4), filled up with weight 0 at the last column. R = 16: one chunk for rows
+//                          0 to 7 and one for 8 to 15 in turn. R = 4: four slots of four rows make a
+//                          chunk, lanes 4 to 7 being the second and the fourth slot.
+//                  ints:   the bits of the columns; then groups of as many quads as the kept columns
+//                          need. R = 16: vectors for rows 0 to 7 and 8 to 15 in turn. R = 4: eight
+//                          slots of four rows, the first four in the first 16 bytes.
+//   bitmask  8   for every 8 columns 8 bytes of bits, one per row; then the kept values in the same
+//                order
+//
+// `rest`: of an unstructured matrix stored as N:16, what is left over, for each panel of 8 rows:
+// steps of 8 x uint16 columns and 8 x fp16 weights, short rows filled up with weight 0.
+#pragma once
+
+#include <cstdint>
+
+enum class Kind { dense, nm, vector, bitmask };
+enum class Type { fp32, bf16, fp16, int8, int4 };
+
+using Index = std::int64_t;
+
+inline bool is_integer(Type type) { return type == Type::int8 || type == Type::int4; }
+inline int bits_of(Type type) {
+    return type == Type::fp32 ? 32 : type == Type::int8 ? 8 : type == Type::int4 ? 4 : 16;
+}
+inline Index round_up(Index x, Index step) { return (x + step - 1) / step * step; }
+
+// What a kernel sees of a matrix: plain pointers, checked when the matrix was packed.
+struct View {
+    Kind kind = Kind::dense;
+    Type type = Type::fp32;
+    Index rows = 0, columns = 0;
+    Index padded = 0;  // columns, rounded up to what the stream goes through
+    int height = 8;    // H, rows of a panel
+    int window = 0;    // nm: 4 or 16
+    int keep = 0;      // nm: N of the window
+    int group = 0;     // integers: A
+    const std::uint8_t *data = nullptr;
+    const Index *starts = nullptr;  // where each panel begins in data; one more at the end
+    const std::uint8_t *rest = nullptr;
+    const Index *rest_starts = nullptr;  // in steps of 32 bytes; null if nothing is left over
+    Index panels = 0;
+};
+
+// The activations of a product, ready for the kernels.
+struct Inputs {
+    const float *x = nullptr;  // [tokens, stride]; columns past the last are 0
+    Index stride = 0;
+    // Of matrices of integers, if the activations are int8 too, in groups of A columns:
+    const std::int8_t *q = nullptr;       // [tokens, padded]
+    const float *scale = nullptr;         // [tokens, groups]
+    const std::int32_t *total = nullptr;  // [tokens, groups]: sum of q
+    Index padded = 0, groups = 0;
+};
+
+constexpr int kTokens = 4;   // the most that a small product takes at once
+constexpr int kTile = 6;     // tokens of a tile of a large product
+constexpr int kTileRows = 16;
+
+// The kernels of one instruction set. `scratch`: kTokens * (2 * padded + 64) bytes.
+struct Kernels {
+    const char *name;
+    // y[t * stride + row] = W x_t, for the rows of panels [first, last) and `tokens` <= kTokens.
+    void (*small)(const View &, Index first, Index last, const Inputs &, int tokens, float *y,
+                  Index stride, float *scratch);
+    // Quantise a row of x in groups: q [padded], scale and total [groups].
+    void (*quantize)(const float *x, Index columns, Index padded, int group, std::int8_t *q,
+                     float *scale, std::int32_t *total);
+    // Columns [from, to) of a panel of dense or N:M floats: out[(k - from) * kTileRows + row].
+    void (*expand)(const View &, Index panel, Index from, Index to, float *out);
+    // A whole panel of 16 x 1 blocks of floats: w[slot * kTileRows + row]; of each 256 columns the
+    // first slot in places[0 .. windows], then of each slot its column times kTile.
+    void (*slots)(const View &, Index panel, float *w, std::int32_t *places);
+    // y[t * kTileRows + row] += sum over n of w[n * kTileRows + row] * x[place[n] + t] for
+    // t < tokens <= kTile; place[n] = n * kTile if it is null.
+    void (*tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
+                 float *y);
+    // The sum of words, read as fast as memory gives them.
+    std::uint64_t (*checksum)(const std::uint64_t *words, Index count);
+};
+
+const Kernels &plain_kernels();
+#if defined(__x86_64__)
+const Kernels &avx2_kernels();
+#elif defined(__aarch64__)
+const Kernels &neon_kernels();
+#endif

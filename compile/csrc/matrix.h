@@ -1,0 +1,68 @@
+// A packed matrix: made from a bitmask and kept values, checked once, then only read.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "layout.h"
+
+// Memory that starts on a page and ends with room for a careless vector load.
+class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(Index size);
+    std::uint8_t *data() const { return data_.get(); }
+    Index size() const { return size_; }
+
+  private:
+    struct Free {
+        void operator()(std::uint8_t *p) const { std::free(p); }
+    };
+    Index size_ = 0;
+    std::unique_ptr<std::uint8_t[], Free> data_;
+};
+
+// The kept weights of a matrix as a packed model stores them; see docs/format.md.
+struct Kept {
+    Index rows = 0, columns = 0;
+    int block = 1;                       // R: rows that share one row of bits
+    const std::uint8_t *bits = nullptr;  // [rows / R, ceil(columns / 8)]; null: all are kept
+    Type type = Type::fp32;
+    const void *values = nullptr;  // row by row; int4: two in a byte, the first in the low nibble
+    Index count = 0;               // how many values
+    const std::uint16_t *scales = nullptr;  // fp16 [rows, ceil(columns / group)]
+    int group = 0;
+};
+
+// How a matrix shall be stored.
+struct Shape {
+    Kind kind = Kind::dense;
+    int window = 0, keep = 0;  // nm
+    bool rest = false;         // nm: what a window holds beyond `keep` is left over
+};
+
+class Matrix {
+  public:
+    // Throws std::invalid_argument if the parts contradict each other, or do not fit the shape.
+    Matrix(const Kept &kept, const Shape &shape);
+    Matrix(const Matrix &other);
+
+    const View &view() const { return view_; }
+    Index bytes() const;
+    // Columns [from, to) of a panel as floats: out[(k - from) * kTileRows + row].
+    void decode(Index panel, Index from, Index to, float *out) const;
+
+  private:
+    void measure(const Kept &kept, bool rest);
+    void fill(const Kept &kept, Index panel);
+
+    View view_;
+    Buffer data_, rest_;
+    std::vector<Index> starts_, rest_starts_;
+    std::vector<Index> first_;  // of each row: its first value; only while packing
+};
+
+float float_of(Type type, std::uint32_t bits);

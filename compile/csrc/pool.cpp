@@ -1,0 +1,156 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kSpins = 4000;  // some tens of microseconds
+constexpr std::uint32_t kClosed = 1u << 31;
+
+void pause_briefly() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+void pin_to(int processor) {
+#if defined(__linux__)
+    cpu_set_t allowed, one;
+    if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed)) return;
+    int wanted = processor % std::max(1, CPU_COUNT(&allowed));
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+        if (CPU_ISSET(cpu, &allowed) && wanted-- == 0) {
+            CPU_ZERO(&one);
+            CPU_SET(cpu, &one);
+            pthread_setaffinity_np(pthread_self(), sizeof one, &one);
+            return;
+        }
+#else
+    (void)processor;
+#endif
+}
+
+class Pool {
+  public:
+    explicit Pool(int threads, bool pin) {
+        for (int i = 1; i < threads; ++i) try {
+                workers_.emplace_back([this, i, pin] {
+                    if (pin) pin_to(i);
+                    serve();
+                });
+            } catch (const std::system_error &) {
+                break;  // no more threads to be had: those that there are do all
+            }
+    }
+    ~Pool() {
+        stop_ = true;
+        wake();
+        for (std::thread &worker : workers_) worker.join();
+    }
+    int threads() const { return int(workers_.size()) + 1; }
+
+    void run(Index count, Index grain, void (*work)(void *, Index, Index), void *context) {
+        const std::unique_lock<std::mutex> own(busy_, std::try_to_lock);
+        if (!own || workers_.empty() || count <= grain) {
+            work(context, 0, count);
+            return;
+        }
+        count_ = count;
+        grain_ = grain;
+        work_ = work;
+        context_ = context;
+        next_.store(0);
+        state_.fetch_and(~kClosed);  // workers may enter
+        wake();
+        take();
+        state_.fetch_or(kClosed);
+        while (state_.load(std::memory_order_acquire) != kClosed) pause_briefly();
+    }
+
+  private:
+    void take() {
+        for (Index from; (from = next_.fetch_add(grain_)) < count_;)
+            work_(context_, from, std::min(count_, from + grain_));
+    }
+    void wake() {
+        generation_.fetch_add(1);
+        if (sleeping_.load() > 0) {
+            const std::lock_guard<std::mutex> hold(sleep_);
+            woken_.notify_all();
+        }
+    }
+    void serve() {
+        for (std::uint32_t seen = 0;;) {
+            for (int i = 0; i < kSpins && generation_.load() == seen; ++i) pause_briefly();
+            if (generation_.load() == seen) {
+                std::unique_lock<std::mutex> hold(sleep_);
+                sleeping_.fetch_add(1);
+                woken_.wait(hold, [&] { return generation_.load() != seen; });
+                sleeping_.fetch_sub(1);
+            }
+            seen = generation_.load();
+            if (stop_) return;
+            if (!(state_.fetch_add(1) & kClosed)) take();
+            state_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    std::vector<std::thread> workers_;
+    std::mutex busy_, sleep_;
+    std::condition_variable woken_;
+    std::atomic<std::uint32_t> generation_{0}, state_{kClosed};
+    std::atomic<int> sleeping_{0};
+    std::atomic<bool> stop_{false};
+    std::atomic<Index> next_{0};
+    Index count_ = 0, grain_ = 1;
+    void (*work_)(void *, Index, Index) = nullptr;
+    void *context_ = nullptr;
+};
+
+std::mutex changing;
+std::shared_ptr<Pool> current;
+
+// The threads of a parent do not exist in its child.
+void forget_threads() { new (&current) std::shared_ptr<Pool>(); new (&changing) std::mutex(); }
+
+std::shared_ptr<Pool> pool() {
+    const std::lock_guard<std::mutex> hold(changing);
+    if (!current) {
+        static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
+        (void)registered;
+        const unsigned cores = std::thread::hardware_concurrency();
+        current = std::make_shared<Pool>(cores ? int(cores) : 1, false);
+    }
+    return current;
+}
+
+}  // namespace
+
+void set_threads(int count, bool pin) {
+    auto fresh = std::make_shared<Pool>(std::max(1, count), pin);
+    if (pin) pin_to(0);
+    pool();
+    const std::lock_guard<std::mutex> hold(changing);
+    current.swap(fresh);  // the old one ends with its last caller
+}
+
+int get_threads() { return pool()->threads(); }
+
+void spread(Index count, Index grain, void (*work)(void *, Index, Index), void *context) {
+    if (count > 0) pool()->run(count, grain, work, context);
+}

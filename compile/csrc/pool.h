@@ -1,0 +1,21 @@
+// The threads that share the work of a product: they stay, spin for a moment, then sleep.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+// How many threads a product uses, this one included. `pin`: bind each to a processor of its own.
+void set_threads(int count, bool pin);
+int get_threads();
+
+// Call work(context, from, to) for pieces of [0, count) of `grain` each, from several threads.
+// A caller that finds the threads busy does all of its work itself.
+void spread(Index count, Index grain, void (*work)(void *, Index, Index), void *context);
+
+template <typename Work> void over_panels(Index count, Index grain, const Work &work) {
+    spread(
+        count, grain,
+        [](void *context, Index from, Index to) { (*static_cast<const Work *>(context))(from, to); },
+        const_cast<void *>(static_cast<const void *>(&work)));
+}

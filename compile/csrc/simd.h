@@ -1,0 +1,31 @@
+// Eight rows at a time: the few vector operations that the kernels are written in.
+//
+// One of the headers below gives them for the instruction set that this file is compiled for, all
+// in the namespace `isa::NAME`, so that several of them can be linked into one library:
+//   F8   eight floats                     B32  thirty-two bytes, also as 16 x int16 or 8 x int32
+// The meaning of each operation is that of simd_plain.h, which is plain C++.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
+// The build says which one: -DISA=plain, avx2 or neon.
+#define SIMD_plain 0
+#define SIMD_avx2 1
+#define SIMD_neon 2
+#define SIMD_NUMBER(isa) SIMD_NUMBER_(isa)
+#define SIMD_NUMBER_(isa) SIMD_##isa
+#if SIMD_NUMBER(ISA) == SIMD_avx2
+#include "simd_avx2.h"
+#elif SIMD_NUMBER(ISA) == SIMD_neon
+#include "simd_neon.h"
+#else
+#include "simd_plain.h"
+#endif
