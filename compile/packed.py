@@ -41,14 +41,14 @@ from secateur.compile.config import (
     PackedLayer,
 )
 from secateur.compile.quantize import Quantised, scaled
-from secateur.compile.values import LIMITS
+from secateur.compile.values import LIMITS, VALUE_TYPES
 from secateur.errors import ModelError
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
 
 __all__ = ["BITMASK", "QUANT_METHOD", "SCALES", "VALUES", "PackedConfig", "PackedLayer"]
 __all__ += ["PackedModel", "Pieces", "check_headers", "decode", "decode_mask", "encode"]
-__all__ += ["encode_integers", "open_safely", "read_packed"]
+__all__ += ["encode_integers", "open_safely", "pieces", "read_packed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +179,41 @@ def decode(
     _check_scales(name, layer, scales, group_size)
     whole = expand(integers, decode_mask(name, layer, bitmask).to(values.device))
     return scaled(whole, scales, group_size).to(dtype or torch.float32)
+
+
+def pieces(
+    name: str,
+    layer: PackedLayer,
+    bitmask: torch.Tensor | None,
+    values: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    group_size: int | None = None,
+) -> Pieces:
+    """The linear ``name`` for a kernel's layout to be made from.
+
+    Args:
+        bitmask, values, scales, group_size: as of `decode`, all on the CPU.
+
+    Raises:
+        ModelError: as of `decode`.
+    """
+    decode_mask(name, layer, bitmask)
+    if scales is not None and group_size is not None:
+        _integers(name, layer, values)
+        _check_scales(name, layer, scales, group_size)
+        kind: ValueType = "int8" if values.dtype == torch.int8 else "int4"
+    else:
+        _check_shape(name + VALUES, values, layer.values_shape)
+        kind = VALUE_TYPES[values.dtype]
+        values = values if kind == "fp32" else values.view(torch.uint16)
+    return Pieces(
+        layer,
+        None if bitmask is None else bitmask.numpy(),
+        values.numpy(),
+        None if scales is None else scales.numpy(),
+        kind,
+        group_size,
+    )
 
 
 def _integers(name: str, layer: PackedLayer, values: torch.Tensor) -> torch.Tensor:
@@ -318,23 +353,10 @@ class PackedModel:
 
     def pieces(self, name: str) -> Pieces:
         """The packed linear ``name`` as it is stored, with every check of `load`."""
-        layer, size = self.layers[name], self.config.group_size
         bitmask, scales = self._stored(name, BITMASK), self._stored(name, SCALES)
         values = self.checkpoint.load(name + VALUES)
-        decode_mask(name, layer, bitmask)
-        if scales is not None and size is not None:
-            _integers(name, layer, values)
-            _check_scales(name, layer, scales, size)
-        elif values.dtype != torch.float32:
-            values = values.view(torch.uint16)
-        return Pieces(
-            layer,
-            None if bitmask is None else bitmask.numpy(),
-            values.numpy(),
-            None if scales is None else scales.numpy(),
-            self.config.values,
-            size,
-        )
+        size = self.config.group_size
+        return pieces(name, self.layers[name], bitmask, values, scales, size)
 
     def _stored(self, name: str, end: str) -> torch.Tensor | None:
         """A tensor of a packed linear, where it has one."""

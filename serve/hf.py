@@ -2,7 +2,8 @@
 
 ``AutoModelForCausalLM.from_pretrained(DIR)`` then opens a packed directory: each packed linear is
 a `SparseLinear`, and ``generate``, ``save_pretrained`` (which writes the packed form again) and
-``dequantize`` work as usual. To load as plain dense linears at once::
+``dequantize`` work as usual. On a CPU it computes on the packed form; `kernel_report` says what
+computes with which kernels, and why. To load as plain dense linears at once::
 
     config = AutoConfig.from_pretrained(DIR)
     config.quantization_config["dequantize"] = True
@@ -27,112 +28,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateur.compile.config import BITMASK, QUANT_METHOD, SCALES, VALUES, PackedConfig, PackedLayer
-from secateur.compile.packed import check_headers, decode
+from secateur.compile import torch_ops
+from secateur.compile.config import QUANT_METHOD, PackedConfig
+from secateur.compile.packed import check_headers
 from secateur.compile.values import LIMITS, VALUE_TYPES
-from secateur.errors import ModelError
-from secateur.recipe import ValueType
+from secateur.errors import ModelError, UsageError
+from secateur.serve.linear import Activations, KernelUse, SparseLinear, kernel_report
 
-
-class SparseLinear(torch.nn.Module):
-    """A linear layer stored as bitmask and kept values.
-
-    For now it computes with a dense copy of its weight, made once after loading (plain
-    ``F.linear``): as quick as the dense layer, and it needs the memory of both forms. Kernels
-    that run on the packed form come later.
-
-    Attributes:
-        weight_bitmask: uint8 ``[rows / R, ceil(columns / 8)]``; None if no weight was removed.
-        weight_values: ``[rows, per_row]`` or ``[kept]``; of int4 uint8 ``[ceil(kept / 2)]``.
-        weight_scales: fp16 ``[rows, ceil(columns / group_size)]`` of integer values, else None.
-            Casting the model leaves it as it is.
-        value_type, group_size: of integer values, else None.
-        dtype: of the dense weight, if the values are integers.
-        bias: ``[rows]`` or None.
-        weight: dense ``[rows, columns]``, not saved; None until `expand` was called.
-    """
-
-    weight_bitmask: torch.Tensor | None
-    weight_scales: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.nn.Parameter | None
-
-    def __init__(
-        self,
-        name: str,
-        layer: PackedLayer,
-        bias: bool,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        value_type: ValueType | None = None,
-        group_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.name, self.layer = name, layer
-        self.value_type, self.group_size = value_type, group_size
-        self.dtype = dtype or torch.get_default_dtype()
-        self.out_features, self.in_features = layer.shape
-        # Which tensors there are, and their shapes: as in a file of this layer alone.
-        config = PackedConfig.of(value_type or "fp32", group_size, {name: layer})
-        shapes = {tensor: shape for tensor, (_, shape) in config.stored(name).items()}
-        kind = {"int8": torch.int8, "int4": torch.uint8}.get(value_type or "", dtype)
-        values = torch.empty(shapes[name + VALUES], dtype=kind, device=device)
-        self.weight_values = torch.nn.Parameter(values, requires_grad=False)
-        for end, kind in ((BITMASK, torch.uint8), (SCALES, torch.float16)):
-            shape = shapes.get(name + end)
-            held = None if shape is None else torch.empty(shape, dtype=kind, device=device)
-            self.register_buffer(end.removeprefix("."), held)
-        self.register_parameter("bias", None)
-        if bias:
-            added = torch.empty(self.out_features, dtype=dtype, device=device)
-            self.bias = torch.nn.Parameter(added, requires_grad=False)
-        self.register_buffer("weight", None, persistent=False)
-
-    def expand(self) -> None:
-        """Check the loaded tensors and make the dense weight.
-
-        Raises:
-            ModelError: names the tensor that contradicts the model's config.
-        """
-        values, scales = self.weight_values.detach(), self.weight_scales
-        dtype = None if scales is None else self.dtype
-        self.weight = decode(
-            self.name, self.layer, self.weight_bitmask, values, scales, self.group_size, dtype
-        )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
-        """Move or cast; the scales are moved only."""
-        scales = self.weight_scales
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight is not None:
-            self.dtype = self.weight.dtype
-        applied = self.weight_scales
-        if scales is not None and applied is not None and applied.dtype != scales.dtype:
-            self.weight_scales = scales.to(applied.device)
-        return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., in]`` to ``[..., out]``."""
-        assert self.weight is not None, f"{self.name} was not expanded after loading"
-        return torch.nn.functional.linear(x, self.weight, self.bias)
-
-    def to_dense(self) -> torch.nn.Linear:
-        """The same layer as a plain `torch.nn.Linear`; shares the dense weight's memory."""
-        assert self.weight is not None, f"{self.name} was not expanded after loading"
-        linear = torch.nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
-        )
-        linear.weight = torch.nn.Parameter(self.weight)
-        if self.bias is not None:
-            linear.bias = torch.nn.Parameter(self.bias)
-        return linear
-
-    def extra_repr(self) -> str:
-        """Shape and pattern, for ``print(model)``."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, pattern={self.layer.pattern}"
-        )
+__all__ = ["KernelUse", "SecateurConfig", "SecateurQuantizer", "SparseLinear", "kernel_report"]
 
 
 class SecateurConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -141,12 +44,19 @@ class SecateurConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         content: the keys of `secateur.compile.packed.PackedConfig`.
         dequantize: load as plain dense linears; never written to a file.
+        activations: what int8 and int4 values are multiplied with on a CPU: "int8" (the default,
+            with up to 16 tokens at once) or "fp32"; never written to a file.
     """
 
-    def __init__(self, dequantize: bool = False, **content: Any) -> None:
+    def __init__(
+        self, dequantize: bool = False, activations: Activations | None = None, **content: Any
+    ) -> None:
         self.packed = PackedConfig.parse(content, "config.json")
         self.quant_method = QUANT_METHOD
         self.dequantize = dequantize
+        if activations not in (None, "fp32", "int8"):
+            raise UsageError(f"activations {activations!r} are not known", "choose int8 or fp32")
+        self.activations = activations
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -181,18 +91,27 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
             bias = linear.bias is not None
             values = packed.values if packed.values in LIMITS else None
             sparse = SparseLinear(
-                path, layer, bias, dtype, linear.weight.device, values, packed.group_size
+                path,
+                layer,
+                bias,
+                dtype,
+                linear.weight.device,
+                values,
+                packed.group_size,
+                self.quantization_config.activations,
             )
             model.set_submodule(path, sparse)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self.quantization_config.dequantize:
+            return self._dequantize(model)
         for module in model.modules():
             if isinstance(module, SparseLinear):
                 module.weight_values.requires_grad_(False)
-                module.expand()
-        if self.quantization_config.dequantize:
-            self._dequantize(model)
+                module.prepare()
+        if any(use.path == "kernels" for use in kernel_report(model)):
+            torch_ops.follow_torch_threads()
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

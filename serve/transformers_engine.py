@@ -35,6 +35,7 @@ from secateur.serve.engine import (
     GenerationRequest,
     check_request,
 )
+from secateur.serve.linear import kernel_report
 from secateur.serve.sampling import Floats, TokenLogprobs
 from secateur.serve.text import StopStrings, TextCodec, TokenStream
 
@@ -62,6 +63,8 @@ def load_transformers(
     torch.set_num_threads(threads)
     codec = TextCodec(load_tokenizer(directory))
     model = load_causal_lm(directory, dtype)
+    for use in kernel_report(model):
+        print(f"serve: {use}", file=sys.stderr)
     with torch.inference_mode():  # the first run reads the weights from disk: not at a user's cost
         model(input_ids=torch.zeros((1, 1), dtype=torch.long))
     return TransformersEngine(

@@ -183,6 +183,7 @@ def test_lists(secateur_command: Command) -> None:
 def test_doctor_gives_reasons(secateur_command: Command) -> None:
     facts = json.loads(secateur_command("doctor", "--json").stdout)
     assert facts["kernels"].startswith("native module built")
+    assert facts["torch op"] == "C++"
     assert "none" in facts["gpu"] or "sm_" in facts["gpu"]
     assert facts["torch"] in secateur_command("doctor").stdout
 

@@ -2,6 +2,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -14,6 +16,7 @@
 
 #include "pool.h"
 #include "product.h"
+#include "registry.h"
 
 namespace nb = nanobind;
 
@@ -65,7 +68,7 @@ Matrix pack(Index rows, Index columns, const std::string &type, const Bytes &val
     kept.count = count;
     kept.group = group;
     if (rows < 1 || columns < 1 || rows > (Index(1) << 31) || columns > (Index(1) << 31) ||
-        count < 0 || block < 1 || rows % block)
+        rows > (Index(1) << 48) / columns || count < 0 || count > rows * columns || block < 1 || rows % block)
         throw std::invalid_argument("impossible shape");
     if (Index(values.size()) != (count * bits_of(kept.type) + 7) / 8)
         throw std::invalid_argument(std::to_string(values.size()) + " bytes of values, not " +
@@ -185,12 +188,13 @@ NB_MODULE(_kernels, m) {
         .def_prop_ro("nbytes", &Matrix::bytes)
         .def("clone", [](const Matrix &a) { return Matrix(a); })
         .def("decode", &decode, "The dense weight, float32 [rows, columns].")
-        .def("multiply", &multiply_one, nb::arg("x"), nb::arg("out"), nb::arg("bias").none(), nb::arg("act8"));
+        .def("multiply", &multiply_one, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
+             nb::arg("bias").none().noconvert(), nb::arg("act8"));
     m.def("pack", &pack, nb::arg("rows"), nb::arg("columns"), nb::arg("type"), nb::arg("values"),
           nb::arg("count"), nb::arg("bits").none(), nb::arg("block"), nb::arg("scales").none(),
           nb::arg("group"), nb::arg("kind"), nb::arg("window"), nb::arg("keep"), nb::arg("rest"));
-    m.def("multiply_all", &multiply_all, nb::arg("matrices"), nb::arg("x"), nb::arg("outs"),
-          nb::arg("biases"), nb::arg("act8"));
+    m.def("multiply_all", &multiply_all, nb::arg("matrices"), nb::arg("x").noconvert(),
+          nb::arg("outs").noconvert(), nb::arg("biases").noconvert(), nb::arg("act8"));
     m.def("set_threads", &set_threads, nb::arg("count"), nb::arg("pin"));
     m.def("threads", &get_threads);
     m.def("isa", [] { return std::string(kernels().name); });
@@ -204,5 +208,14 @@ NB_MODULE(_kernels, m) {
             if (name == k->name) return use_kernels(*k);
         throw std::invalid_argument("this CPU cannot run " + name);
     });
+    m.def("hold", [](std::shared_ptr<Matrix> matrix, bool act8) { return hold(std::move(matrix), act8); },
+          nb::arg("matrix"), nb::arg("act8"), "A number for a matrix, good until it is released.");
+    m.def("release", &release, nb::arg("handle"));
+    m.def("held", [](std::int64_t handle) {
+        const Held found = find(handle);
+        if (!found.matrix) throw std::invalid_argument("there is no matrix " + std::to_string(handle));
+        return std::make_pair(std::const_pointer_cast<Matrix>(found.matrix), found.act8);
+    }, nb::arg("handle"), "The matrix of a number, and whether its activations are int8.");
+    m.def("table", [] { return std::uintptr_t(&kernel_table()); }, "Address of the table in table.h.");
     m.def("read_bandwidth", &read_bandwidth, nb::arg("nbytes"), nb::arg("rounds"));
 }

@@ -15,7 +15,7 @@
 //          each the value plus 8                                                    32
 //
 // Integers come in groups of A columns, A = min(group size, 64); a group of a panel starts with the
-// fp16 scales of its rows.
+// fp16 scales of its rows (R = 4: twice).
 //
 //   kind     H   stream of a panel
 //   dense    8   columns are slots: chunks, or groups of quads
@@ -30,8 +30,8 @@
 //                          4), filled up with weight 0 at the last column. R = 16: one chunk for rows
 //                          0 to 7 and one for 8 to 15 in turn. R = 4: four slots of four rows make a
 //                          chunk, lanes 4 to 7 being the second and the fourth slot.
-//                  ints:   the bits of the columns; then groups of as many quads as the kept columns
-//                          need. R = 16: vectors for rows 0 to 7 and 8 to 15 in turn. R = 4: eight
+//                  ints:   the bits of the columns; the scales of all groups; of each group as many
+//                          quads as its kept columns need. R = 16: vectors for rows 0 to 7 and 8 to 15 in turn. R = 4: eight
 //                          slots of four rows, the first four in the first 16 bytes.
 //   bitmask  8   for every 8 columns 8 bytes of bits, one per row; then the kept values in the same
 //                order
@@ -47,8 +47,8 @@ enum class Type { fp32, bf16, fp16, int8, int4 };
 
 using Index = std::int64_t;
 
-inline bool is_integer(Type type) { return type == Type::int8 || type == Type::int4; }
-inline int bits_of(Type type) {
+constexpr bool is_integer(Type type) { return type == Type::int8 || type == Type::int4; }
+constexpr int bits_of(Type type) {
     return type == Type::fp32 ? 32 : type == Type::int8 ? 8 : type == Type::int4 ? 4 : 16;
 }
 inline Index round_up(Index x, Index step) { return (x + step - 1) / step * step; }
@@ -84,8 +84,9 @@ struct Inputs {
 constexpr int kTokens = 4;   // the most that a small product takes at once
 constexpr int kTile = 6;     // tokens of a tile of a large product
 constexpr int kTileRows = 16;
+constexpr int kListed = 104;
 
-// The kernels of one instruction set. `scratch`: kTokens * (2 * padded + 64) bytes.
+// The kernels of one instruction set. `scratch`: 16 * padded + 4096 bytes.
 struct Kernels {
     const char *name;
     // y[t * stride + row] = W x_t, for the rows of panels [first, last) and `tokens` <= kTokens.
@@ -103,6 +104,23 @@ struct Kernels {
     // t < tokens <= kTile; place[n] = n * kTile if it is null.
     void (*tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
                  float *y);
+    // Bitmask: the kept weights of columns [from, to) of the 8 rows of a panel, and of each its
+    // (column - from) * step; counts[r] of row r, from weights[r * kListed] on. At most kListed - 8.
+    void (*list)(const View &, Index panel, Index from, Index to, std::int32_t step, float *weights,
+                 std::int32_t *places, std::int32_t *counts);
+    // One row, the lanes being tokens: y[t] += sum over n of w[n] * x[place[n] + t]
+    // for t < 8 * vectors; vectors <= 8.
+    void (*skip)(const float *w, const std::int32_t *place, Index count, const float *x, int vectors,
+                 float *y);
+    // Integers, dense or 2:4: `groups` groups from the first on, as steps of 4 bytes for each of
+    // kTileRows rows. int8: two int16; int4: four bytes, too large by 8. Of 8 rows: those of `out`
+    // from byte 0 of each 64, scales[g * kTileRows + row].
+    void (*expand_ints)(const View &, Index panel, Index first, Index groups, std::uint8_t *out,
+                        float *scales);
+    // y[t * kTileRows + row] += sum over groups of scales[g * kTileRows + row] * factors[g * kTile + t]
+    // * sum over the group's steps of w * x, x being [step][kTile] of 4 bytes; G columns each.
+    void (*tile_ints)(Type, int group, const std::uint8_t *w, const float *scales,
+                      const std::uint8_t *x, const float *factors, Index groups, int tokens, float *y);
     // The sum of words, read as fast as memory gives them.
     std::uint64_t (*checksum)(const std::uint64_t *words, Index count);
 };

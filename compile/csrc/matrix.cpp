@@ -53,15 +53,22 @@ int popcount(const std::uint8_t *p, Index count) {
 
 // ------------------------------------------------------------- where a weight lies in its panel
 
-int chunk_bytes(const View &m) { return m.type == Type::fp32 ? 64 : 32; }
-int index_bits(const View &m) { return m.window == 4 ? 2 : 4; }
+// What of a View these functions read, known to the compiler: packing must keep up with the disk.
+template <Type V, Kind K, int Window, int Keep, int Height> struct Fixed {
+    static constexpr Type type = V;
+    static constexpr Kind kind = K;
+    static constexpr int window = Window, keep = Keep, height = Height;
+};
+
+template <class M> int chunk_bytes(const M &m) { return m.type == Type::fp32 ? 64 : 32; }
+template <class M> int index_bits(const M &m) { return m.window == 4 ? 2 : 4; }
 // nm: slots that one vector of indices serves.
-int index_slots(const View &m) {
-    return is_integer(m.type) ? (m.window == 4 ? 16 : 8) : (m.window == 4 ? 16 : 8);
+template <class M> int index_slots(const M &m) {
+    return m.window == 4 ? 16 : 8;
 }
 
 // Of floats: the byte of a slot within the stream of chunks; R = 16 has two chunks for two slots.
-Index float_place(const View &m, int row, Index slot) {
+template <class M> Index float_place(const M &m, int row, Index slot) {
     const int width = m.type == Type::fp32 ? 4 : 2;
     Index chunk = slot / 2;
     int lane = row % 8, second = int(slot % 2);
@@ -83,7 +90,7 @@ struct Nibble {
 };
 
 // Of integers: the byte of a slot within its group, after the scales; int4: also which nibble.
-Nibble int_place(const View &m, int row, Index slot) {
+template <class M> Nibble int_place(const M &m, int row, Index slot) {
     const bool small = m.type == Type::int4;
     if (m.height == 4) {
         const Index vector = small ? slot / 16 : slot / 8;
@@ -96,7 +103,7 @@ Nibble int_place(const View &m, int row, Index slot) {
     return {vector * 32 + row % 8 * 4 + slot % 4, small ? int(quad % 2) * 4 : 0};
 }
 
-void put_index(const View &m, std::uint8_t *base, int row, Index slot, int value) {
+template <class M> void put_index(const M &m, std::uint8_t *base, int row, Index slot, int value) {
     const int bits = index_bits(m), slots = index_slots(m), own = int(slot % slots);
     if (!is_integer(m.type)) {
         std::uint32_t *word = reinterpret_cast<std::uint32_t *>(
@@ -109,7 +116,7 @@ void put_index(const View &m, std::uint8_t *base, int row, Index slot, int value
     }
 }
 
-int get_index(const View &m, const std::uint8_t *base, int row, Index slot) {
+template <class M> int get_index(const M &m, const std::uint8_t *base, int row, Index slot) {
     const int bits = index_bits(m), slots = index_slots(m), own = int(slot % slots);
     const int mask = (1 << bits) - 1;
     if (!is_integer(m.type)) {
@@ -121,15 +128,17 @@ int get_index(const View &m, const std::uint8_t *base, int row, Index slot) {
     return base[slot / slots * (32 + vectors * 32) + row * 4 + own % 4] >> (bits * (own / 4)) & mask;
 }
 
-// Bytes of a group of `slots` slots, with its scales.
+// Bytes of the scales of a group.
+Index scale_bytes(const View &m) { return m.height == 16 ? 32 : 16; }
+
+// Bytes of the weights of a group of `slots` slots; of kind nm also of their indices.
 Index group_bytes(const View &m, Index slots) {
-    const Index scales = m.height == 16 ? 32 : 16;
     const Index per_vector = (m.type == Type::int4 ? 2 : 1) * (m.height == 4 ? 8 : 4);
     Index vectors = (slots + per_vector - 1) / per_vector;
     if (m.type == Type::int4 && m.height == 16) vectors = (slots + 7) / 8;
     if (m.height == 16) vectors *= 2;
     if (m.kind == Kind::nm) vectors += slots / index_slots(m);
-    return scales + vectors * 32;
+    return vectors * 32;
 }
 
 Index vector_windows(const View &m) {
@@ -138,28 +147,125 @@ Index vector_windows(const View &m) {
 int vector_window(const View &m) { return is_integer(m.type) ? m.group : 256; }
 
 // Floats: the slots of a window come in steps of so many.
-int slot_step(const View &m) { return m.height == 4 ? 4 : 2; }
+template <class M> int slot_step(const M &m) { return m.height == 4 ? 4 : 2; }
 
-std::uint32_t value_at(const Kept &kept, Index i) {
-    switch (kept.type) {
-    case Type::fp32: return static_cast<const std::uint32_t *>(kept.values)[i];
-    case Type::int8: return std::uint32_t(static_cast<const std::int8_t *>(kept.values)[i]);
-    case Type::int4: {
+template <Type V> std::uint32_t value_at(const Kept &kept, Index i) {
+    if constexpr (V == Type::fp32) return static_cast<const std::uint32_t *>(kept.values)[i];
+    if constexpr (V == Type::int8)
+        return std::uint32_t(static_cast<const std::int8_t *>(kept.values)[i]);
+    if constexpr (V == Type::int4) {
         const int nibble = static_cast<const std::uint8_t *>(kept.values)[i / 2] >> (i % 2 * 4) & 15;
         return std::uint32_t((nibble ^ 8) - 8);
     }
-    default: return static_cast<const std::uint16_t *>(kept.values)[i];
-    }
+    if constexpr (bits_of(V) == 16) return static_cast<const std::uint16_t *>(kept.values)[i];
 }
 
-void put_float(const View &m, std::uint8_t *at, std::uint32_t bits) {
+template <class M> void put_float(const M &m, std::uint8_t *at, std::uint32_t bits) {
     if (m.type == Type::fp32) std::memcpy(at, &bits, 4);
     else std::memcpy(at, &bits, 2);
 }
 
-void put_int(const View &m, std::uint8_t *at, int shift, std::uint32_t value) {
+template <class M> void put_int(const M &m, std::uint8_t *at, int shift, std::uint32_t value) {
     if (m.type == Type::int8) *at = std::uint8_t(value);
     else *at = std::uint8_t((*at & (0xf0 >> shift)) | ((value + 8) & 15) << shift);
+}
+
+// Of a row of N:M: columns and values of what its windows hold beyond N.
+using LeftOver = std::vector<std::pair<std::uint16_t, float>>;
+
+// Put the kept weights of a row, the first of which is value i, where they belong.
+template <class M>
+void fill_row_of(const M &m, const Kept &kept, int group_size, Index row, int r, Index i,
+                 std::uint8_t *body, std::uint8_t *const *groups, LeftOver &over) {
+    constexpr bool ints = is_integer(M::type);
+    const int shift = group_size == 64 ? 6 : 5;
+    const Index bytes = (kept.columns + 7) / 8;
+    const std::uint8_t *bits = kept.bits ? kept.bits + row / kept.block * bytes : nullptr;
+    const auto put = [&](Index g, Index slot, std::uint32_t value) {
+        if constexpr (ints) {
+            const Nibble place = int_place(m, r, slot);
+            put_int(m, groups[g] + place.byte, place.shift, value);
+        } else {
+            put_float(m, body + float_place(m, r, slot), value);
+        }
+    };
+    if constexpr (M::kind == Kind::dense) {
+        const auto keep = [&](Index column) {
+            const std::uint32_t value = value_at<M::type>(kept, i++);
+            if constexpr (ints) put(column >> shift, column & (group_size - 1), value);
+            else put(0, column, value);
+        };
+        if (!bits)
+            for (Index k = 0; k < kept.columns; ++k) keep(k);
+        else
+            for (Index b = 0; b < bytes; ++b)
+                for (unsigned byte = bits[b]; byte; byte &= byte - 1)
+                    keep(b * 8 + __builtin_ctz(byte));
+    } else if constexpr (M::kind == Kind::vector) {
+        const int windows = ints ? shift : 8;
+        Index slot = 0, window = 0;
+        for (Index b = 0; b < bytes; ++b) {
+            if ((b * 8) >> windows != window) {
+                window = (b * 8) >> windows;
+                slot = ints ? 0 : round_up(slot, slot_step(m));
+            }
+            for (unsigned byte = bits[b]; byte; byte &= byte - 1)
+                put(window, slot++, value_at<M::type>(kept, i++));
+        }
+    } else {
+        constexpr int kShift = M::window == 4 ? 2 : 4;
+        const Index inside = ints ? (Index(1) << (shift - kShift)) - 1 : -1;  // windows of a group
+        for (Index window = 0; window << kShift < kept.columns; ++window) {
+            unsigned set;
+            if (M::window == 4) set = bits[window / 2] >> (window % 2 * 4) & 15;
+            else set = bits[window * 2] | (window * 2 + 1 < bytes ? bits[window * 2 + 1] << 8 : 0);
+            const Index g = (window << kShift) >> shift;
+            Index slot = (window & inside) * M::keep;
+            const Index end = slot + M::keep;
+            for (; set; set &= set - 1, ++slot) {
+                const int place = __builtin_ctz(set);
+                const std::uint32_t value = value_at<M::type>(kept, i++);
+                if (slot >= end) {
+                    const Index column = (window << kShift) + place;
+                    float scale = 1;
+                    if (ints) {
+                        const Index all = (kept.columns + kept.group - 1) / kept.group;
+                        scale = float_of_half(kept.scales[row * all + column / kept.group]);
+                    }
+                    over.emplace_back(std::uint16_t(column), float_of(M::type, value) * scale);
+                    continue;
+                }
+                put(g, slot, value);
+                put_index(m, ints ? groups[g] : body, r, slot, place);
+            }
+        }
+    }
+}
+
+template <Type V>
+void fill_row_as(const View &m, const Kept &kept, Index row, int r, Index i, std::uint8_t *body,
+                 std::uint8_t *const *groups, LeftOver &over) {
+    const auto with = [&](auto fixed) {
+        fill_row_of(fixed, kept, m.group, row, r, i, body, groups, over);
+    };
+    if (m.kind == Kind::dense) with(Fixed<V, Kind::dense, 0, 0, 8>());
+    else if (m.kind == Kind::nm && m.window == 4) with(Fixed<V, Kind::nm, 4, 2, 8>());
+    else if (m.kind == Kind::nm && m.keep == 4) with(Fixed<V, Kind::nm, 16, 4, 8>());
+    else if (m.kind == Kind::nm) with(Fixed<V, Kind::nm, 16, 8, 8>());
+    else if (m.height == 4) with(Fixed<V, Kind::vector, 0, 0, 4>());
+    else if (m.height == 8) with(Fixed<V, Kind::vector, 0, 0, 8>());
+    else with(Fixed<V, Kind::vector, 0, 0, 16>());
+}
+
+void fill_row(const View &m, const Kept &kept, Index row, int r, Index i, std::uint8_t *body,
+              std::uint8_t *const *groups, LeftOver &over) {
+    switch (m.type) {
+    case Type::fp32: return fill_row_as<Type::fp32>(m, kept, row, r, i, body, groups, over);
+    case Type::bf16: return fill_row_as<Type::bf16>(m, kept, row, r, i, body, groups, over);
+    case Type::fp16: return fill_row_as<Type::fp16>(m, kept, row, r, i, body, groups, over);
+    case Type::int8: return fill_row_as<Type::int8>(m, kept, row, r, i, body, groups, over);
+    case Type::int4: return fill_row_as<Type::int4>(m, kept, row, r, i, body, groups, over);
+    }
 }
 
 // The kernels count on -127 to 127 and -7 to 7.
@@ -186,10 +292,10 @@ float float_of(Type type, std::uint32_t bits) {
     return float(std::int32_t(bits));
 }
 
-Buffer::Buffer(Index size)
-    : size_(size), data_(static_cast<std::uint8_t *>(
-                       std::aligned_alloc(4096, std::size_t(round_up(size + 256, 4096))))) {
-    if (!data_) throw std::bad_alloc();
+Buffer::Buffer(Index size) : size_(size) {
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 4096, std::size_t(size + 64))) throw std::bad_alloc();
+    data_.reset(static_cast<std::uint8_t *>(memory));
 }
 
 Matrix::Matrix(const Kept &kept, const Shape &shape) {
@@ -199,8 +305,8 @@ Matrix::Matrix(const Kept &kept, const Shape &shape) {
     m.type = kept.type;
     m.rows = kept.rows;
     m.columns = kept.columns;
-    m.window = shape.window;
-    m.keep = shape.keep;
+    m.window = m.kind == Kind::nm ? shape.window : 0;
+    m.keep = m.kind == Kind::nm ? shape.keep : 0;
     m.height = m.kind == Kind::vector ? kept.block : 8;
     if (is_integer(m.type)) {
         if (kept.group != 32 && kept.group != 64 && kept.group != 128)
@@ -231,7 +337,7 @@ Matrix::Matrix(const Matrix &other)
     : view_(other.view_), data_(other.data_.size()), rest_(other.rest_.size()),
       starts_(other.starts_), rest_starts_(other.rest_starts_) {
     std::memcpy(data_.data(), other.data_.data(), std::size_t(data_.size()));
-    std::memcpy(rest_.data(), other.rest_.data(), std::size_t(rest_.size()));
+    if (rest_.size()) std::memcpy(rest_.data(), other.rest_.data(), std::size_t(rest_.size()));
     view_.data = data_.data();
     view_.starts = starts_.data();
     if (view_.rest_starts) {
@@ -285,7 +391,7 @@ void Matrix::measure(const Kept &kept, bool rest) {
                     const Index n = popcount(bits + w * width, std::min(width, bytes - w * width));
                     total += is_integer(m.type) ? group_bytes(m, n) : round_up(n, slot_step(m));
                 }
-                size = is_integer(m.type) ? round_up(m.padded / 8, 32) + total
+                size = is_integer(m.type) ? round_up(m.padded / 8, 32) + windows * scale_bytes(m) + total
                                           : round_up(2 * windows + total, 32) +
                                                 float_place(m, 0, round_up(total, 4));
             } else if (m.kind == Kind::bitmask) {
@@ -295,7 +401,7 @@ void Matrix::measure(const Kept &kept, bool rest) {
             } else {
                 const Index slots = m.kind == Kind::dense ? m.padded : m.padded / m.window * m.keep;
                 if (is_integer(m.type)) {
-                    size = m.padded / m.group * group_bytes(m, slots / (m.padded / m.group));
+                    size = m.padded / m.group * (scale_bytes(m) + group_bytes(m, slots / (m.padded / m.group)));
                 } else {
                     size = slots / 2 * chunk_bytes(m);
                     if (m.kind == Kind::nm) size += slots / index_slots(m) * 32;
@@ -351,7 +457,6 @@ void Matrix::fill(const Kept &kept, Index panel) {
 
     // Where each group begins, its scales written, int4 filled with what stands for 0.
     thread_local std::vector<std::uint8_t *> groups;
-    thread_local std::vector<Index> group_slots;
     const Index count = ints ? m.padded / m.group : 0;
     std::uint8_t *body = base;
     const std::uint8_t *block_bits = kept.bits ? kept.bits + top / kept.block * bytes : nullptr;
@@ -377,18 +482,20 @@ void Matrix::fill(const Kept &kept, Index panel) {
     }
     if (ints) {
         groups.assign(std::size_t(count), nullptr);
-        std::uint8_t *at = body;
+        // Of kind vector all scales come first, else those of a group before its weights.
+        const bool apart = m.kind == Kind::vector;
+        std::uint8_t *at = body + (apart ? count * scale_bytes(m) : 0);
         for (Index g = 0; g < count; ++g) {
             const Index slots = m.kind == Kind::vector ? popcount(base + g * m.group / 8, m.group / 8)
                                 : m.kind == Kind::dense ? m.group
                                                         : Index(m.group) / m.window * m.keep;
-            auto *scales = reinterpret_cast<std::uint16_t *>(at);
+            auto *scales = reinterpret_cast<std::uint16_t *>(apart ? body + g * scale_bytes(m) : at);
             for (Index r = 0; r < rows; ++r) {
                 const Index g_of = g * m.group / kept.group;
                 scales[r] = kept.scales[(top + r) * scale_columns + g_of];
                 if (m.height == 4) scales[4 + r] = scales[r];
             }
-            const Index head = m.height == 16 ? 32 : 16, whole = group_bytes(m, slots);
+            const Index head = apart ? 0 : scale_bytes(m), whole = head + group_bytes(m, slots);
             groups[std::size_t(g)] = at + head;
             if (small) {
                 if (m.kind != Kind::nm) {
@@ -402,8 +509,6 @@ void Matrix::fill(const Kept &kept, Index panel) {
         }
     }
 
-    thread_local std::vector<std::pair<std::uint16_t, float>> over[8];
-    for (auto &list : over) list.clear();
     if (m.kind == Kind::bitmask) {
         const Index width = bits_of(m.type) / 8;
         const std::uint8_t *values[8];
@@ -421,55 +526,10 @@ void Matrix::fill(const Kept &kept, Index panel) {
             }
         return;
     }
-    for (Index r = 0; r < rows; ++r) {
-        const Index row = top + r;
-        const std::uint8_t *bits = kept.bits ? kept.bits + row / kept.block * bytes : nullptr;
-        Index i = first_[std::size_t(row)];
-        const auto put = [&](Index g, Index slot, std::uint32_t value) {
-            if (ints) {
-                const Nibble place = int_place(m, int(r), slot);
-                put_int(m, groups[std::size_t(g)] + place.byte, place.shift, value);
-            } else {
-                put_float(m, body + float_place(m, int(r), slot), value);
-            }
-        };
-        Index slot = 0, window = -1, group = 0, in_window = 0;
-        const auto keep = [&](Index column) {
-            const std::uint32_t value = value_at(kept, i++);
-            if (m.kind == Kind::dense) {
-                const Index g = ints ? column / m.group : 0;
-                put(g, ints ? column % m.group : column, value);
-            } else if (m.kind == Kind::vector) {
-                for (; column / vector_window(m) != group; ++group)
-                    slot = ints ? 0 : round_up(slot, slot_step(m));
-                put(group, slot++, value);
-            } else {
-                if (column / m.window != window) {
-                    window = column / m.window;
-                    in_window = 0;
-                }
-                const Index g = ints ? column / m.group : 0;
-                if (in_window == m.keep) {
-                    const float scale =
-                        ints ? float_of_half(kept.scales[row * scale_columns + column / kept.group]) : 1;
-                    over[r].emplace_back(std::uint16_t(column), float_of(m.type, value) * scale);
-                    return;
-                }
-                const Index per_group = ints ? m.group / m.window : 0;
-                const Index own = (ints ? window % per_group : window) * m.keep + in_window;
-                put(g, own, value);
-                put_index(m, ints ? groups[std::size_t(g)] : body, int(r), own, int(column % m.window));
-                ++in_window;
-            }
-        };
-        if (!bits) {
-            for (Index k = 0; k < m.columns; ++k) keep(k);
-        } else {
-            for (Index b = 0; b < bytes; ++b)
-                for (int byte = bits[b]; byte; byte &= byte - 1)
-                    keep(b * 8 + __builtin_ctz(unsigned(byte)));
-        }
-    }
+    thread_local LeftOver over[kTileRows];
+    for (LeftOver &list : over) list.clear();
+    for (Index r = 0; r < rows; ++r)
+        fill_row(m, kept, top + r, int(r), first_[std::size_t(top + r)], body, groups.data(), over[r]);
     if (m.rest_starts) {
         auto *step = reinterpret_cast<std::uint16_t *>(rest_.data() + rest_starts_[std::size_t(panel)] * 32);
         const Index steps = rest_starts_[std::size_t(panel) + 1] - rest_starts_[std::size_t(panel)];
@@ -537,14 +597,16 @@ void Matrix::decode(Index panel, Index from, Index to, float *out) const {
                 }
         }
     } else {
-        const std::uint8_t *at = body;
+        const bool apart = m.kind == Kind::vector;
+        const std::uint8_t *at = body + (apart ? m.padded / m.group * scale_bytes(m) : 0);
         for (Index g = 0; g * m.group < to; ++g) {
             const std::uint8_t *bits = base + g * m.group / 8;  // vector
             const Index slots = m.kind == Kind::vector ? popcount(bits, m.group / 8)
                                 : m.kind == Kind::dense ? m.group
                                                         : Index(m.group) / m.window * m.keep;
-            const auto *scales = reinterpret_cast<const std::uint16_t *>(at);
-            const std::uint8_t *group = at + (m.height == 16 ? 32 : 16);
+            const auto *scales =
+                reinterpret_cast<const std::uint16_t *>(apart ? body + g * scale_bytes(m) : at);
+            const std::uint8_t *group = at + (apart ? 0 : scale_bytes(m));
             std::uint8_t columns[64];
             if (m.kind == Kind::vector)
                 for (int k = 0, n = 0; k < m.group; ++k)
@@ -563,7 +625,7 @@ void Matrix::decode(Index panel, Index from, Index to, float *out) const {
                         put(r, g * m.group + column, float(value) * scale);
                     }
                 }
-            at += group_bytes(m, slots);
+            at = group + group_bytes(m, slots);
         }
     }
     if (m.rest_starts)

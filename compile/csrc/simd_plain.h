@@ -103,6 +103,7 @@ INLINE B32 load(const std::uint8_t *p) {
     std::memcpy(x.v, p, 32);
     return x;
 }
+INLINE void settle(B32 &) {}  // a hint for the compiler's use of registers
 INLINE void store(std::uint8_t *p, B32 x) { std::memcpy(p, x.v, 32); }
 INLINE B32 set1_byte(int x) { return each<std::int8_t>([&](int) { return x; }); }
 INLINE B32 zero_bytes() { return set1_byte(0); }
@@ -192,13 +193,36 @@ INLINE B32 dot2_16(B32 a, B32 b) {
     return each<std::int32_t>(
         [&](int i) { return x.v[2 * i] * y.v[2 * i] + x.v[2 * i + 1] * y.v[2 * i + 1]; });
 }
+// All bits of a byte set where two are equal.
+INLINE B32 equal8(B32 a, B32 b) {
+    return each<std::uint8_t>([&](int i) { return a.v[i] == b.v[i] ? 255 : 0; });
+}
+// a without the bits of b.
+INLINE B32 but_not(B32 a, B32 b) {
+    return each<std::uint8_t>([&](int i) { return a.v[i] & ~b.v[i]; });
+}
+// Indices for pick_bytes: byte i of each int32, four times.
+INLINE B32 lane_byte(int i) {
+    return each<std::uint8_t>([&](int k) { return k % 16 / 4 * 4 + i; });
+}
+// The two low or the two high int8 of each int32 as two int16.
+INLINE B32 low_pair16(B32 x) {
+    const auto lanes = as<std::int8_t>(x);
+    return each<std::int16_t>([&](int i) { return lanes.v[i / 2 * 4 + i % 2]; });
+}
+INLINE B32 high_pair16(B32 x) { return low_pair16(shift_right32<16>(x)); }
 INLINE F8 to_float(B32 x) {
     const auto lanes = as<std::int32_t>(x);
     return each_float([&](int i) { return float(lanes.v[i]); });
 }
 
+// (first + i) * step of the bits i that are set in the mask, then anything: 8 may be written.
+INLINE void store_places(std::int32_t *to, std::uint64_t mask, std::int32_t first, std::int32_t step) {
+    for (int i = 0; i < 8; ++i)
+        if (mask >> i & 1) *to++ = (first + i) * step;
+}
 // Those of the eight bytes at p whose bits are set in the mask, side by side at `to`; it writes 8.
-INLINE void compress8(const std::int8_t *p, int mask, std::int8_t *to) {
+INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {
     std::int8_t kept[8] = {};
     int n = 0;
     for (int i = 0; i < 8; ++i)
@@ -206,7 +230,7 @@ INLINE void compress8(const std::int8_t *p, int mask, std::int8_t *to) {
     std::memcpy(to, kept, 8);
 }
 // Lane i: the next of the values at p if bit i of the mask is set, else +0.
-template <Type V> INLINE F8 expand_masked(const std::uint8_t *p, int mask) {
+template <Type V> INLINE F8 expand_masked(const std::uint8_t *p, std::uint64_t mask) {
     return each_float([&](int i) {
         if (!(mask >> i & 1)) return 0.0f;
         if constexpr (V == Type::fp32) {

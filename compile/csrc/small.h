@@ -7,7 +7,7 @@
 namespace isa::ISA {
 
 // Bytes ahead of the stream that are asked for: what kept the memory busy where it was measured.
-constexpr Index kAheadFloat = 1024, kAheadInt = 2048;
+constexpr Index kAheadFloat = 2048, kAheadInt = 2048;
 
 // One chunk: two slots of eight rows.
 template <Type V> constexpr Index kChunk = V == Type::fp32 ? 64 : 32;
@@ -176,8 +176,9 @@ INLINE void masked_rows(const View &m, const std::uint8_t *p, const float *x, fl
         prefetch(p + kAheadFloat);
         prefetch(mask + 512);
         for (int r = 0; r < 8; ++r) {
-            acc[r] = fma(expand_masked<V>(p, mask[r]), inputs, acc[r]);
-            p += __builtin_popcount(mask[r]) * (V == Type::fp32 ? 4 : 2);
+            const std::uint64_t own = mask[r];
+            acc[r] = fma(expand_masked<V>(p, own), inputs, acc[r]);
+            p += std::uint64_t(__builtin_popcountll(own)) * (V == Type::fp32 ? 4 : 2);
         }
     }
     for (int r = 0; r < 8; ++r) sums[r] = sum(acc[r]);
@@ -242,6 +243,8 @@ template <Type V> struct Picked {
         } else {
             sum = add16(sum, dot2_unsigned(weights, inputs));
             excess = add16(excess, dot2_unsigned(set1_byte(1), inputs));
+            settle(sum);
+            settle(excess);
         }
     }
     INLINE B32 total() const {
@@ -312,123 +315,88 @@ INLINE const std::uint8_t *picked16(const std::uint8_t *p, Index columns, const 
     return p;
 }
 
-// The kept columns' inputs of a block row, group by group, each filled up with zeros to `Step`.
+// What a block row needs of one token: the inputs of its kept columns, of each group filled up with
+// zeros to `Step`; and of each Step of them the number of the group. Returns how many there are.
 template <int G, int Step>
-INLINE void compress(const std::uint8_t *bits, Index groups, const std::int8_t *q, std::int8_t *out,
-                     const std::uint8_t *ahead) {
+INLINE Index compress(const std::uint8_t *bits, Index groups, const std::int8_t *q, std::int8_t *out,
+                      std::uint16_t *group_of, const std::uint8_t *ahead) {
+    const std::int8_t *begin = out;
     for (Index g = 0; g < groups; ++g) {
         std::int8_t *to = out;
         for (int i = 0; i < G / 8; ++i, ++bits, q += 8) {
+            const std::uint64_t own = *bits;
             prefetch(ahead);  // the weights that come next
             ahead += 64;
-            compress8(q, *bits, to);
-            to += __builtin_popcount(*bits);
+            compress8(q, own, to);
+            to += __builtin_popcountll(own);
         }
         std::memset(to, 0, 16);
-        out += (to - out + Step - 1) / Step * Step;
+        const Index steps = (to - out + Step - 1) / Step;
+        for (int i = 0; i < G / Step; ++i) group_of[i] = std::uint16_t(g);
+        out += steps * Step;
+        group_of += steps;
     }
+    return out - begin;
 }
 
-// A group of a block row: `slots` kept columns.
-template <Type V, int T, int Height> struct VectorGroup {
-    static constexpr int kHalves = Height == 16 ? 2 : 1;
-    static constexpr int kStep = (V == Type::int4 ? 8 : 4) * (Height == 4 ? 2 : 1);
-    B32 acc[T][kHalves];
-
-    INLINE B32 inputs_at(const std::int8_t *q) const {
-        static constexpr std::uint8_t kSplit[32] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3,
-                                                    4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7};
-        if constexpr (Height == 4) return pick_bytes(repeat8(q), load(kSplit));
-        else return repeat4(q);
-    }
-
-    INLINE const std::uint8_t *run(const std::uint8_t *p, int slots, Quads<T> &in) {
-        B32 excess[T];
-        for (int t = 0; t < T; ++t) {
-            excess[t] = zero_bytes();
-            for (int h = 0; h < kHalves; ++h) acc[t][h] = zero_bytes();
-        }
-        constexpr int kWidth = Height == 4 ? 8 : 4;  // slots of a vector
-        for (int k = 0; k < slots; k += kStep) {
-            for (int h = 0; h < kHalves; ++h) {
-                prefetch(p + kAheadInt);
-                const B32 weights = load(p);
-                p += 32;
-                for (int t = 0; t < T; ++t) {
-                    const B32 x = inputs_at(in.q[t] + k);
-                    if constexpr (V == Type::int8) {
-                        acc[t][h] = add32(acc[t][h], sum_pairs16(dot2(weights, x), 1));
-                    } else {
-                        const B32 next = inputs_at(in.q[t] + k + kWidth);
-                        const B32 a = dot2_unsigned(low_nibbles(weights), x);
-                        const B32 b = dot2_unsigned(high_nibbles(weights), next);
-                        acc[t][h] = add32(acc[t][h], sum_pairs16(add16(a, b), 1));
-                        if (h == 0) {
-                            const B32 one = set1_byte(1);
-                            const B32 sum = add16(dot2_unsigned(one, x), dot2_unsigned(one, next));
-                            excess[t] = add32(excess[t], sum_pairs16(sum, 8));
-                        }
-                    }
-                }
-            }
-        }
-        for (int t = 0; t < T; ++t) {
-            in.q[t] += (slots + kStep - 1) / kStep * kStep;
-            if constexpr (V == Type::int4)
-                for (int h = 0; h < kHalves; ++h) acc[t][h] = subtract32(acc[t][h], excess[t]);
-        }
-        return p;
-    }
-};
-
-template <int G> INLINE int popcount(const std::uint8_t *bits) {
-    if constexpr (G == 64) {
-        std::uint64_t word;
-        std::memcpy(&word, bits, 8);
-        return __builtin_popcountll(word);
-    } else {
-        std::uint32_t word;
-        std::memcpy(&word, bits, 4);
-        return __builtin_popcount(word);
-    }
+// The inputs of one vector of weights.
+template <int Height> INLINE B32 inputs_of(const std::int8_t *q) {
+    static constexpr std::uint8_t kSplit[32] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3,
+                                                4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7};
+    if constexpr (Height == 4) return pick_bytes(repeat8(q), load(kSplit));
+    else return repeat4(q);
 }
 
-template <Type V, int T, int Height, int G>
-void int_vectors(const View &m, Index first, Index last, const Inputs &in, float *y, Index stride,
-                 float *scratch) {
-    using Group = VectorGroup<V, T, Height>;
-    const Index groups = m.padded / G, room = 2 * m.padded + 64;
-    auto *kept = reinterpret_cast<std::int8_t *>(scratch);
-    for (Index panel = first; panel < last; ++panel) {
-        const std::uint8_t *bits = m.data + m.starts[panel];
-        const std::uint8_t *p = bits + round_up(m.padded / 8, 32);
-        Quads<T> quads;
-        for (int t = 0; t < T; ++t) {
-            compress<G, Group::kStep>(bits, groups, in.q + t * in.padded, kept + t * room, p);
-            quads.q[t] = kept + t * room;
+// Kept columns of block rows. Every step has its own factor, so that no loop ends with a group:
+// groups keep unequal numbers, and a processor cannot guess where each ends.
+template <Type V, int Height, int G>
+void int_vector(const View &m, Index panel, const Inputs &in, float *y, std::uint8_t *scratch) {
+    constexpr int kHalves = Height == 16 ? 2 : 1, kWidth = Height == 4 ? 8 : 4;
+    constexpr int kStep = V == Type::int4 ? 2 * kWidth : kWidth;
+    const Index groups = m.padded / G;
+    float *factors = reinterpret_cast<float *>(scratch);  // [groups, 8 * kHalves]
+    auto *group_of = reinterpret_cast<std::uint16_t *>(scratch + groups * kHalves * 32);
+    auto *kept = reinterpret_cast<std::int8_t *>(group_of + m.padded / 4 + groups + 16);
+    const std::uint8_t *bits = m.data + m.starts[panel];
+    const std::uint8_t *scales = bits + round_up(m.padded / 8, 32);
+    const std::uint8_t *p = scales + groups * kHalves * 16;
+    const Index count = compress<G, kStep>(bits, groups, in.q, kept, group_of, p);
+    for (Index i = 0; i < groups * kHalves; ++i)
+        store(factors + 8 * i,
+              mul(load_half(reinterpret_cast<const std::uint16_t *>(scales) + 8 * i),
+                  set1(in.scale[i / kHalves])));
+    F8 sums[kHalves];
+    for (int h = 0; h < kHalves; ++h) sums[h] = zero();
+    const std::uint16_t *group = group_of;
+    for (Index k = 0; k < count; k += kStep, ++group) {
+        const float *factor = factors + Index(*group) * 8 * kHalves;
+        const B32 x = inputs_of<Height>(kept + k);
+        B32 next = x, excess = x;
+        if constexpr (V == Type::int4) {
+            next = inputs_of<Height>(kept + k + kWidth);
+            const B32 one = set1_byte(1);
+            excess = add16(dot2_unsigned(one, x), dot2_unsigned(one, next));
+            excess = sum_pairs16(excess, 8);
         }
-        F8 sums[T][Group::kHalves];
-        for (int t = 0; t < T; ++t)
-            for (int h = 0; h < Group::kHalves; ++h) sums[t][h] = zero();
-        for (Index g = 0; g < groups; ++g, bits += G / 8) {
-            const auto *scales = reinterpret_cast<const std::uint16_t *>(p);
-            Group group;
-            p = group.run(p + 16 * Group::kHalves, popcount<G>(bits), quads);
-            for (int h = 0; h < Group::kHalves; ++h) {
-                const F8 scale = load_half(scales + 8 * h);
-                for (int t = 0; t < T; ++t) {
-                    const F8 factor = mul(scale, set1(in.scale[t * in.groups + g]));
-                    sums[t][h] = fma(to_float(group.acc[t][h]), factor, sums[t][h]);
-                }
+        for (int h = 0; h < kHalves; ++h) {
+            prefetch(p + kAheadInt);
+            const B32 weights = load(p);
+            p += 32;
+            B32 whole;
+            if constexpr (V == Type::int8) {
+                whole = sum_pairs16(dot2(x, weights), 1);  // |x| is found once for all rows
+            } else {
+                const B32 a = dot2_unsigned(low_nibbles(weights), x);
+                const B32 b = dot2_unsigned(high_nibbles(weights), next);
+                whole = subtract32(sum_pairs16(add16(a, b), 1), excess);
             }
-        }
-        for (int t = 0; t < T; ++t) {
-            float *out = y + t * stride + panel * Height;
-            if constexpr (Height == 4) write(out, fold_halves(sums[t][0]), 4);
-            else
-                for (int h = 0; h < Group::kHalves; ++h) store(out + 8 * h, sums[t][h]);
+            sums[h] = fma(to_float(whole), load(factor + 8 * h), sums[h]);
         }
     }
+    float *out = y + panel * Height;
+    if constexpr (Height == 4) write(out, fold_halves(sums[0]), 4);
+    else
+        for (int h = 0; h < kHalves; ++h) store(out + 8 * h, sums[h]);
 }
 
 enum class Form { dense, two_of_four, four_of_16, eight_of_16 };
@@ -515,9 +483,17 @@ template <Type V, int T, int G>
 void small_ints(const View &m, Index first, Index last, const Inputs &in, float *y, Index stride,
                 float *scratch) {
     if (m.kind == Kind::vector) {
-        if (m.height == 16) int_vectors<V, T, 16, G>(m, first, last, in, y, stride, scratch);
-        else if (m.height == 8) int_vectors<V, T, 8, G>(m, first, last, in, y, stride, scratch);
-        else int_vectors<V, T, 4, G>(m, first, last, in, y, stride, scratch);
+        auto *room = reinterpret_cast<std::uint8_t *>(scratch);
+        for (Index panel = first; panel < last; ++panel)  // each is in the cache after one token
+            for (int t = 0; t < T; ++t) {
+                Inputs one = in;
+                one.q += t * in.padded;
+                one.scale += t * in.groups;
+                float *out = y + t * stride;
+                if (m.height == 16) int_vector<V, 16, G>(m, panel, one, out, room);
+                else if (m.height == 8) int_vector<V, 8, G>(m, panel, one, out, room);
+                else int_vector<V, 4, G>(m, panel, one, out, room);
+            }
     } else if (m.kind == Kind::dense) {
         int_panels<V, T, G, Form::dense>(m, first, last, in, y, stride);
     } else if (m.window == 4) {

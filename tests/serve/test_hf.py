@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from secateur.compile import pack_model, write_dense
-from secateur.errors import ModelError
+from secateur.compile import cpu, pack_model, write_dense
+from secateur.errors import ModelError, UsageError
 from secateur.model import load_causal_lm
-from secateur.serve.hf import SparseLinear
+from secateur.serve import load
+from secateur.serve.hf import SparseLinear, kernel_report
 
 _AT = Path(__file__).resolve().parents[1] / "compile" / "conftest.py"
 _SPEC = importlib.util.spec_from_file_location("pruned_by_hand", _AT)
@@ -64,6 +65,21 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(TOKENS).logits
 
 
+def close(model: Any, dense: Any, tolerance: float | None = None) -> bool:
+    """Whether two models agree up to the rounding of their type."""
+    found, wanted = logits(model), logits(dense)
+    assert found.dtype == wanted.dtype
+    limit = (
+        tolerance or {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[found.dtype]
+    )
+    return float((found - wanted).float().norm() / wanted.float().norm()) < limit
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_KERNELS", "off")
+
+
 def stored(directory: Path) -> dict[str, torch.Tensor]:
     return {
         k: v for file in directory.glob("model*.safetensors") for k, v in load_file(file).items()
@@ -78,17 +94,26 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "auto"])
+@pytest.mark.parametrize("kernels", ["on", "off"])
 def test_logits_are_those_of_the_pruned_model(
-    made: dict[str, tuple[Path, Path]], name: str, dtype: Any
+    made: dict[str, tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    dtype: Any,
+    kernels: str,
 ) -> None:
+    monkeypatch.setenv("SECATEUR_KERNELS", kernels)
     pruned, packed = made[name]
     model = AutoModelForCausalLM.from_pretrained(packed, dtype=dtype)
     dense = AutoModelForCausalLM.from_pretrained(pruned, dtype=dtype)
-    assert torch.equal(logits(model), logits(dense))
+    assert close(model, dense)
+    if kernels == "off":
+        assert torch.equal(logits(model), logits(dense))
     assert model.dtype == dense.dtype
     sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
     assert len(sparse) == (12 if name == "tied" else 14)
     for module in sparse:
+        assert (module.weight is None) == (kernels == "on")
         assert module.weight_bitmask.dtype == torch.uint8
         assert module.weight_values.dtype == dense.dtype
         assert not module.weight_values.requires_grad
@@ -96,11 +121,16 @@ def test_logits_are_those_of_the_pruned_model(
 
 @pytest.mark.parametrize("values", ["bf16", "fp16"])
 def test_converted_values_equal_the_pruned_model_in_that_type(
-    made: dict[str, tuple[Path, Path]], tmp_path: Path, values: Any
+    made: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, values: Any
 ) -> None:
-    pruned = made["qwen2"][0]
-    pack_model(pruned, tmp_path / "packed", values=values)
-    model = load_causal_lm(tmp_path / "packed")
+    pruned, folder = made["qwen2"][0], tmp_path / "packed"
+    pack_model(pruned, folder, values=values)
+    write_dense(folder, tmp_path / "dense")
+    wide = load_causal_lm(folder, torch.float32)  # computes in fp32, reads the narrow values
+    assert close(wide, load_causal_lm(tmp_path / "dense", torch.float32))
+    assert [use.values for use in kernel_report(wide)] == [values]
+    monkeypatch.setenv("SECATEUR_KERNELS", "off")
+    model = load_causal_lm(folder)
     assert model.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[values]
     assert torch.equal(logits(model), logits(load_causal_lm(pruned, model.dtype)))
 
@@ -140,8 +170,9 @@ def test_the_bare_decoder_saves_and_loads(
     pruned, packed = made["llama"]
     bare = AutoModel.from_pretrained(packed)
     with torch.no_grad():
-        wanted = AutoModel.from_pretrained(pruned)(TOKENS).last_hidden_state
-        assert torch.equal(bare(TOKENS).last_hidden_state, wanted)
+        dense = AutoModel.from_pretrained(pruned)(TOKENS).last_hidden_state
+        wanted = bare(TOKENS).last_hidden_state
+        assert torch.allclose(wanted, dense, rtol=1e-4, atol=1e-5)
         bare.save_pretrained(tmp_path / "bare")
         again = AutoModel.from_pretrained(tmp_path / "bare")
         assert torch.equal(again(TOKENS).last_hidden_state, wanted)
@@ -174,12 +205,57 @@ def test_dequantize_to_another_type(made: dict[str, tuple[Path, Path]], tmp_path
     model = AutoModelForCausalLM.from_pretrained(packed)
     model.save_pretrained(tmp_path / "again")  # leaves config.dtype a string
     model.dequantize(dtype=torch.bfloat16)
+    assert kernel_report(model) == []
     wanted = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.bfloat16)
     assert torch.equal(logits(model), logits(wanted))
     other = AutoModelForCausalLM.from_pretrained(packed)
     other.save_pretrained(tmp_path / "again")
     other.dequantize()
     assert other.dtype == torch.float32
+
+
+def test_the_engine_says_what_computes(
+    made: dict[str, tuple[Path, Path]],
+    tokenizer: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    packed = Path(shutil.copytree(made["llama"][1], tmp_path / "packed"))
+    tokenizer.save_pretrained(packed)
+    threads, own = torch.get_num_threads(), cpu.threads()
+    try:
+        load(packed, threads=2).close()
+        assert cpu.threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+        cpu.set_threads(own)
+    said = (
+        f"serve: 14 packed linears: CPU kernels ({cpu.isa()}, 2 threads), layout 2:4, fp32 values"
+    )
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_kernels_follow_torchs_threads(
+    made: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    monkeypatch.setenv("SECATEUR_KERNELS", kernels)
+    before, wanted = cpu.threads(), torch.get_num_threads()
+    cpu.set_threads(wanted + 1)
+    try:
+        load_causal_lm(made["llama"][1])
+        assert cpu.threads() == (wanted if kernels == "on" else wanted + 1)
+    finally:
+        cpu.set_threads(before)
+
+
+def test_a_model_can_be_compiled_without_a_break(made: dict[str, tuple[Path, Path]]) -> None:
+    model = load_causal_lm(made["qwen2"][1])
+    with torch.no_grad():
+        wanted = model(TOKENS, use_cache=False).logits
+        traced = torch.compile(model, backend="eager", fullgraph=True)
+        found = traced(TOKENS, use_cache=False).logits
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_generation_and_printing(made: dict[str, tuple[Path, Path]]) -> None:
@@ -251,8 +327,13 @@ def quantised(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "auto"])
 @pytest.mark.parametrize(("name", "values", "size"), INTEGERS)
-def test_integer_values_compute_as_their_dense_twin(
-    quantised: dict[str, tuple[Path, Path]], name: str, values: str, size: int, dtype: Any
+def test_integer_values_on_a_dense_copy_compute_as_their_dense_twin(
+    quantised: dict[str, tuple[Path, Path]],
+    no_kernels: None,
+    name: str,
+    values: str,
+    size: int,
+    dtype: Any,
 ) -> None:
     packed, twin = quantised[name]
     model = AutoModelForCausalLM.from_pretrained(packed, dtype=dtype)
@@ -269,6 +350,32 @@ def test_integer_values_compute_as_their_dense_twin(
         assert (module.weight_bitmask is None) == (name == "tied" and path.endswith("k_proj"))
         assert module.weight is not None
         assert module.weight.dtype == dense.dtype
+
+
+@pytest.mark.parametrize(("name", "values", "size"), INTEGERS)
+def test_integer_values_on_the_kernels(
+    quantised: dict[str, tuple[Path, Path]], tmp_path: Path, name: str, values: str, size: int
+) -> None:
+    packed, twin = quantised[name]
+    dense = AutoModelForCausalLM.from_pretrained(twin)
+    rounded = AutoModelForCausalLM.from_pretrained(packed)
+    assert {use.activations for use in kernel_report(rounded)} == {"int8"}
+    assert close(rounded, dense, 0.05)
+    assert not close(rounded, dense)
+    config = AutoConfig.from_pretrained(packed)
+    config.quantization_config["activations"] = "fp32"
+    model = AutoModelForCausalLM.from_pretrained(packed, config=config)
+    assert {use.activations for use in kernel_report(model)} == {"fp32"}
+    assert close(model, dense)
+    model.save_pretrained(tmp_path / "again")
+    written, old = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (tmp_path / "again", packed)
+    )
+    assert written == old  # a choice of this process, not of the file
+    config.quantization_config["activations"] = "int4"
+    with pytest.raises(UsageError, match="activations 'int4' are not known"):
+        AutoModelForCausalLM.from_pretrained(packed, config=config)
 
 
 @pytest.mark.parametrize(("name", "values", "size"), INTEGERS)
@@ -305,18 +412,23 @@ def test_integer_values_are_saved_as_they_were(
         assert (tmp_path / "same" / file).read_bytes() == (packed / file).read_bytes()
 
 
+@pytest.mark.parametrize("kernels", ["on", "off"])
 def test_casting_a_quantised_model_leaves_its_scales(
-    quantised: dict[str, tuple[Path, Path]], tmp_path: Path
+    quantised: dict[str, tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kernels: str,
 ) -> None:
+    monkeypatch.setenv("SECATEUR_KERNELS", kernels)
     packed, _ = quantised["llama"]
     model = AutoModelForCausalLM.from_pretrained(packed).to(torch.bfloat16)
     wanted = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
+    wanted.model.rotary_emb.to(torch.bfloat16)  # .to casts these, too
     assert torch.equal(logits(model), logits(wanted))
     module = model.get_submodule(LAYER)
     assert (module.weight_scales.dtype, module.dtype) == (torch.float16, torch.bfloat16)
     assert torch.equal(module.weight_scales, stored(packed)[f"{LAYER}.weight_scales"])
-    module.expand()
-    assert torch.equal(module.weight, wanted.get_submodule(LAYER).weight)
+    assert torch.equal(module.dense(), wanted.get_submodule(LAYER).dense())
     model.save_pretrained(tmp_path / "again")
     assert stored(tmp_path / "again")[f"{LAYER}.weight_scales"].dtype == torch.float16
 
@@ -380,7 +492,7 @@ def test_import_orders(made: dict[str, tuple[Path, Path]], order: str) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "<class 'secateur.serve.hf.SparseLinear'>"
+    assert ran.stdout.strip() == "<class 'secateur.serve.linear.SparseLinear'>"
 
 
 def test_import_secateur_alone_is_cheap() -> None:

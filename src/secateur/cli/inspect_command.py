@@ -158,6 +158,12 @@ def _diagnosis() -> dict[str, str]:
         kernels = f"native module built; this CPU offers {', '.join(cpu_features()) or 'no SIMD'}"
     except ImportError as fault:
         kernels = f"no native module ({fault}): install again with a C++17 compiler present"
+    from secateur.compile import torch_ops
+
+    called = "C++"
+    if torch_ops.OBSTACLE is not None:
+        way = "in Python, some 12 us more for each product" if torch_ops.BUILT else "none"
+        called = f"{way}: {torch_ops.OBSTACLE}"
     pruner = "native module built"
     if find_spec("secateur.prune._native") is None:
         pruner = "no native module: +swaps and sparsegpt run in torch, many times slower on a CPU"
@@ -172,6 +178,7 @@ def _diagnosis() -> dict[str, str]:
         "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "cpu compute": f"{dtype} ({reason})",
         "kernels": kernels,
+        "torch op": called,
         "pruning": pruner,
         "gpu": gpu,
         "torch": torch.__version__,
