@@ -41,7 +41,7 @@ test-native:
 # The NEON kernels, on an ARM processor that qemu plays.
 ARM_TOOLS := g++-aarch64-linux-gnu qemu-user
 test-arm:
-	@command -v aarch64-linux-gnu-g++ qemu-aarch64 | grep -q qemu || \
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } > /dev/null || \
 	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qqy $(ARM_TOOLS) > /dev/null; } || \
 	  { echo "make test-arm needs a cross compiler and an emulator: apt-get install $(ARM_TOOLS)"; exit 1; }
 	$(SWEEP) OUT=out/native/arm ISAS="plain neon" CXX=aarch64-linux-gnu-g++ FLAGS="-O1" LINK=-static

@@ -189,6 +189,8 @@ def pack(
             )
         rest = _Layout("4:16+rest", "nm", 16, 4, True)
         chosen, why = {"dense": _DENSE, "bitmask": _BITMASK, "4:16+rest": rest}[layout], None
+    if chosen.rest and scales is not None and float(np.max(scales, initial=0)) * 127 > 65504:
+        chosen, why = _DENSE, "its scales are too large for left-over weights in fp16"
     if chosen.kind == "dense" and bits is not None:
         carried = _with_zeros(carried, bits, block, shape, value_type)
         bits, block, count = None, 1, rows * columns

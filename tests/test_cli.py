@@ -150,7 +150,7 @@ def test_interrupted_prune_exits_130_and_goes_on(
     model = make_model(tmp_path / "model", num_hidden_layers=24)
     out = tmp_path / "out"
     arguments = ["prune", model, "-o", out, "--data", text_file, "--samples", 8, "--length", 64]
-    for _ in range(3):  # Python drops an interrupt that falls into a destructor
+    for _ in range(8):  # Python drops an interrupt that falls into a destructor
         shutil.rmtree(out, ignore_errors=True)
         process = subprocess.Popen(
             [sys.executable, "-m", "secateur", *map(str, arguments)],

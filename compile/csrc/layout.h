@@ -47,11 +47,12 @@ enum class Type { fp32, bf16, fp16, int8, int4 };
 
 using Index = std::int64_t;
 
-constexpr bool is_integer(Type type) { return type == Type::int8 || type == Type::int4; }
-constexpr int bits_of(Type type) {
+// static: files compiled for different instruction sets must not share these functions.
+static constexpr bool is_integer(Type type) { return type == Type::int8 || type == Type::int4; }
+static constexpr int bits_of(Type type) {
     return type == Type::fp32 ? 32 : type == Type::int8 ? 8 : type == Type::int4 ? 4 : 16;
 }
-inline Index round_up(Index x, Index step) { return (x + step - 1) / step * step; }
+static constexpr Index round_up(Index x, Index step) { return (x + step - 1) / step * step; }
 
 // What a kernel sees of a matrix: plain pointers, checked when the matrix was packed.
 struct View {

@@ -319,6 +319,8 @@ Matrix::Matrix(const Kept &kept, const Shape &shape) {
     } else {
         m.padded = round_up(m.columns, m.kind == Kind::vector ? 256 : 32);
     }
+    if (m.kind == Kind::vector && m.columns > Index(1) << 21)
+        throw std::invalid_argument("a vector layout of more than 2097152 columns");
     if (m.kind == Kind::vector && m.height != 4 && m.height != 8 && m.height != 16)
         throw std::invalid_argument("a vector layout needs blocks of 4, 8 or 16 rows");
     if (m.kind == Kind::nm &&

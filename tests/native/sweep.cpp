@@ -68,7 +68,8 @@ struct Packed {
         resize(scales, scaled ? rows * ((columns + group - 1) / group) : 0);
     }
     bool kept(Index row, Index column) const {
-        return !masked || bits[std::size_t(row / block * ((columns + 7) / 8) + column / 8)] >> (column % 8) & 1;
+        const Index byte = row / block * ((columns + 7) / 8) + column / 8;
+        return !masked || bits[std::size_t(byte)] >> (column % 8) & 1;
     }
     void count_kept() {
         count = 0;
@@ -231,7 +232,8 @@ Dense unpack(const Packed &p) {
 }
 
 // Activations in int8, as compile/cpu.py says, and of each group the scale.
-void quantise(const float *x, Index columns, Index group, std::vector<double> &q, std::vector<double> &scale) {
+void quantise(const float *x, Index columns, Index group, std::vector<double> &q,
+              std::vector<double> &scale) {
     q.assign(std::size_t(columns), 0);
     scale.assign(std::size_t((columns + group - 1) / group), 0);
     for (Index from = 0; from < columns; from += group) {
@@ -307,11 +309,13 @@ void check(const Packed &p, const Dense &d, bool act8, const float *x, Index tok
                 for (Index g = 0; g < groups; ++g) {
                     const double own = half(p.scales[std::size_t(row * groups + g)]);
                     if (!std::isfinite(own)) unclear = true;
-                    for (Index column = g * p.group; rough && column < std::min(p.columns, (g + 1) * p.group); ++column) {
+                    const Index end = rough ? std::min(p.columns, (g + 1) * p.group) : 0;
+                    for (Index column = g * p.group; column < end; ++column) {
                         const double factor = std::fabs(own) * scale[std::size_t(column / group)];
                         unclear |= !(factor < 1e30);
                         // Of int4, 8 times the inputs are added and taken away again, in floats.
-                        if (p.type == Type::int4 && tokens > kFew) size += 8 * factor * std::fabs(q[std::size_t(column)]);
+                        if (p.type == Type::int4 && tokens > kFew)
+                            size += 8 * factor * std::fabs(q[std::size_t(column)]);
                     }
                 }
             }
@@ -323,13 +327,14 @@ void check(const Packed &p, const Dense &d, bool act8, const float *x, Index tok
             const bool fine = finite ? unclear || size > 1e37 || std::fabs(found - sum) <= 4e-6 * size + 1e-35
                                      : unclear || !std::isfinite(found);
             if (!fine)
-                throw Wrong(where + ": row " + std::to_string(row) + " of token " + std::to_string(t) + " is " +
-                            digits(found) + ", not " + digits(sum));
+                throw Wrong(where + ": row " + std::to_string(row) + " of token " +
+                            std::to_string(t) + " is " + digits(found) + ", not " + digits(sum));
         }
     }
 }
 
-void check_decoded(Random &random, const Packed &p, const Dense &d, const Matrix &matrix, const std::string &where) {
+void check_decoded(Random &random, const Packed &p, const Dense &d, const Matrix &matrix,
+                   const std::string &where) {
     const View &m = matrix.view();
     const Index panel = random.below(m.panels), from = random.below(p.columns) & ~Index(31);
     const Index to = from + 1 + random.below(p.columns - from);
@@ -340,8 +345,8 @@ void check_decoded(Random &random, const Packed &p, const Dense &d, const Matrix
             const float found = out[std::size_t((column - from) * kTileRows + row - panel * m.height)];
             const auto wanted = float(d.w[std::size_t(row * p.columns + column)]);
             if (found != wanted && !(std::isnan(found) && std::isnan(wanted)))
-                throw Wrong(where + ": weight " + std::to_string(row) + ", " + std::to_string(column) + " is " +
-                            digits(found) + ", not " + digits(wanted));
+                throw Wrong(where + ": weight " + std::to_string(row) + ", " + std::to_string(column) +
+                            " is " + digits(found) + ", not " + digits(wanted));
         }
 }
 
@@ -409,7 +414,8 @@ int main(int count_of_arguments, char **arguments) {
         return 2;
     }
     const std::uint64_t seed = std::strtoull(arguments[1], nullptr, 10);
-    const Index count = std::atoll(arguments[2]), first = count_of_arguments > 3 ? std::atoll(arguments[3]) : 0;
+    const Index count = std::atoll(arguments[2]);
+    const Index first = count_of_arguments > 3 ? std::atoll(arguments[3]) : 0;
     Index taken[2] = {}, refused = 0, wrong = 0;
     for (Index i = first; i < first + count && wrong < 10; ++i) {
         if (i == first || i % 1000 == 0) set_threads(i / 1000 % 4 == 3 ? 3 : 1, false);
