@@ -38,6 +38,19 @@ class EngineUnavailable(RuntimeError):
     """The engine takes no requests: it is shutting down, or its worker has died."""
 
 
+class EngineBusy(RuntimeError):
+    """Too many requests wait already.
+
+    Args:
+        what: one sentence for the sender.
+        retry_after: seconds after which it is worth another try.
+    """
+
+    def __init__(self, what: str, retry_after: float) -> None:
+        super().__init__(what)
+        self.retry_after = retry_after
+
+
 class GenerationFault(RuntimeError):
     """One request failed; the engine goes on."""
 
@@ -55,6 +68,7 @@ class GenerationRequest:
         ignore_eos: go on after the model's own end-of-sequence tokens.
         logprobs: number of alternatives to report per generated token; None reports nothing.
         prompt_logprobs: the same for the tokens of the prompt.
+        client: whose request it is: those who wait take turns by this name.
     """
 
     prompt: tuple[int, ...]
@@ -65,6 +79,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +151,25 @@ class Generation(AsyncIterator[Event]):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """How busy an engine is: requests being computed, requests waiting for their turn."""
+    """How busy an engine is.
+
+    Attributes:
+        running: requests being computed.
+        waiting: requests that wait for their turn.
+        pages: pages of the KV cache; 0 if the engine has none.
+        pages_used: those that running requests hold.
+        prefix_queries: prompt tokens looked up in the prefix cache so far.
+        prefix_hits: those found there.
+        preemptions: running requests sent back to wait so far, for want of pages.
+    """
 
     running: int
     waiting: int
+    pages: int = 0
+    pages_used: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
 
 
 class Engine(ABC):
@@ -168,6 +198,7 @@ class Engine(ABC):
         Raises:
             RequestRefused: see `check_request`.
             EngineUnavailable: the engine takes no requests any more.
+            EngineBusy: too many wait already.
         """
 
     @abstractmethod

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "bind.h"
 #include "pool.h"
 #include "product.h"
 #include "registry.h"
@@ -217,5 +218,7 @@ NB_MODULE(_kernels, m) {
         return std::make_pair(std::const_pointer_cast<Matrix>(found.matrix), found.act8);
     }, nb::arg("handle"), "The matrix of a number, and whether its activations are int8.");
     m.def("table", [] { return std::uintptr_t(&kernel_table()); }, "Address of the table in table.h.");
+    bind_decoder(m);
+    bind_sampler(m);
     m.def("read_bandwidth", &read_bandwidth, nb::arg("nbytes"), nb::arg("rounds"));
 }

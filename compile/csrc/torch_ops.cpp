@@ -92,8 +92,9 @@ Tensor linear(const Tensor x, std::int64_t handle, const std::optional<Tensor> b
     float *to = type == ScalarType::Float ? static_cast<float *>(out.data_ptr())
                                           : scratch<2>(std::size_t(tokens * rows));
     const int outcome = kernels->multiply(handle, from, tokens, columns, added, to, rows);
-    STD_TORCH_CHECK(outcome == kDone, "secateur::linear: matrix ", handle,
-                    outcome == kNoMemory ? ": out of memory" : " was released meanwhile");
+    STD_TORCH_CHECK(outcome != kNoMemory, "secateur::linear: no memory left for matrix ", handle);
+    STD_TORCH_CHECK(outcome == kDone, "secateur::linear: there is no matrix ", handle,
+                    " any more: it was released during the call");
     if (type == ScalarType::BFloat16) convert<float, c10::BFloat16>(to, out.data_ptr(), tokens * rows);
     if (type == ScalarType::Half) convert<float, c10::Half>(to, out.data_ptr(), tokens * rows);
     return out;
