@@ -10,7 +10,8 @@ from secateur.bench.accuracy import measure_accuracy
 from secateur.bench.kernel_results import KernelSettings, KernelsResult
 from secateur.bench.kernels import measure_kernels
 from secateur.bench.latency import measure_latency
-from secateur.bench.methods import MethodsResult, measure_methods
+from secateur.bench.method_results import MethodsResult
+from secateur.bench.methods import measure_methods
 from secateur.bench.results import AccuracyResult, LatencyResult
 from secateur.bench.subjects import model_bytes
 from secateur.bench.summary import render_summary, summarise

@@ -9,180 +9,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from secateur import recipe
 from secateur.artifact import Manifest
 from secateur.bench.accuracy import measure_accuracy
+from secateur.bench.method_results import Compat, Entry, MethodRow, MethodsResult
+from secateur.bench.processes import run_process, run_secateur
 from secateur.bench.results import (
     AccuracyResult,
     Environment,
     ModelAccuracy,
-    TextFacts,
-    _Facts,
-    _Result,
 )
-from secateur.calibration import calibration_inputs, read_text
-from secateur.checkpoint import Checkpoint, file_sha256, save_tensors, write_json
+from secateur.calibration import read_text
+from secateur.checkpoint import Checkpoint, file_sha256, write_json
 from secateur.device import choose_device
-from secateur.errors import EnvironmentFault, ModelError, SecateurError, UsageError
-from secateur.model import StreamedModel
+from secateur.errors import SecateurError, UsageError
 from secateur.pattern import Pattern
 from secateur.source import resolve_model
-from secateur.walk import Walk
 
-if TYPE_CHECKING:
-    import torch
-
-Compat = Literal["exact", "reference"]
 Item = TypeVar("Item")
 EVALUATION = recipe.Accuracy(windows=16)
-
-_ENTRY = re.compile(
-    r"(?P<chain>[^:\[\]]+)(?::(?P<allocate>[^:\[\]]+))?(?:\[(?P<settings>[^\[\]]+)\])?"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What stands in one row of the table: ``CHAIN[:ALLOCATION]['['STEP.KEY=VALUE,…']']``."""
-
-    text: str
-    chain: str
-    allocate: str | None = None
-    settings: tuple[str, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read an entry.
-
-        Raises:
-            UsageError: it is not of the form above. Whether the words are known is not asked.
-        """
-        text = text.strip()
-        form = _ENTRY.fullmatch(text)
-        listed = form["settings"] if form else None
-        settings = tuple(map(str.strip, listed.split(","))) if listed else ()
-        if form is None or not all("=" in setting for setting in settings):
-            raise UsageError(
-                f"the method {text!r} is not understood",
-                "write a chain, then :ALLOCATION and [STEP.KEY=VALUE,…] where wanted: wanda+lsq, "
-                "alps:owl, sparsegpt[sparsegpt.percdamp=0.05]",
-            )
-        return cls(text, form["chain"], form["allocate"], settings)
-
-    def arguments(self) -> list[str]:
-        """The flags of ``secateur prune`` that say the same."""
-        allocate = ["--allocate", self.allocate] if self.allocate else []
-        settings = [word for setting in self.settings for word in ("--set", setting)]
-        return ["--method", self.chain, *allocate, *settings]
-
-
-def split_entries(text: str) -> list[str]:
-    """The parts between commas, those inside brackets excepted."""
-    return [part.strip() for part in re.split(r",(?![^\[]*\])", text)]
-
-
-class MethodRow(_Facts):
-    """One pattern pruned by one method; everything else is None if the cell failed.
-
-    Attributes:
-        pattern, method: as they were asked for.
-        error: why there is nothing; None if there is.
-        accuracy: of the pruned model, against the dense one.
-        sparsity: zeros among the weights of all linear layers in the blocks.
-        error_mean, error_worst: of the layers' ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration inputs.
-        worst_layer: the layer that has the worst.
-        seconds: of pruning, without the making of calibration text.
-        relative_seconds: to the median of `MethodsResult.dense_passes_seconds`.
-        peak_rss_bytes: of the process that pruned, its calibration text included.
-        notes: what the manifest remarks, e.g. layers left dense.
-    """
-
-    pattern: str
-    method: str
-    error: str | None = None
-    accuracy: ModelAccuracy | None = None
-    sparsity: float | None = None
-    error_mean: float | None = None
-    error_worst: float | None = None
-    worst_layer: str | None = None
-    seconds: float | None = None
-    relative_seconds: float | None = None
-    peak_rss_bytes: int | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def perplexity(self) -> float:
-        """To sort by: infinite where the cell failed."""
-        return self.accuracy.perplexity.value if self.accuracy else float("inf")
-
-
-class MethodsResult(_Result):
-    """The result of ``bench methods``; docs/bench.md explains every key.
-
-    Attributes:
-        command: the command line that made it, if one did.
-        model: as it was named.
-        model_sha256: of its config and weight files.
-        dense: how the unpruned model reads the same text.
-        dense_passes_seconds: repeated timings of the work that no calibrated method can avoid.
-        rows: by pattern as they were asked for, then by perplexity; failed cells last.
-    """
-
-    schema_: Literal["secateur/bench-methods/1"] = Field("secateur/bench-methods/1", alias="schema")
-    command: str
-    model: str
-    model_sha256: dict[str, str]
-    calibration: recipe.Calibration
-    compat: Compat
-    text: TextFacts
-    window: int
-    stride: int
-    windows: int
-    predicted_tokens: int
-    dense: ModelAccuracy
-    dense_passes_seconds: tuple[float, ...]
-    rows: tuple[MethodRow, ...]
-
-    @property
-    def failed(self) -> tuple[MethodRow, ...]:
-        """The rows without numbers."""
-        return tuple(row for row in self.rows if row.error is not None)
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read what ``--output`` wrote.
-
-        Raises:
-            UsageError: the file is missing or is no such result.
-        """
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as fault:
-            raise UsageError(
-                f"the result {path} cannot be read: {fault.strerror}", "check the path"
-            ) from fault
-        except ValidationError as fault:
-            first = fault.errors()[0]
-            raise UsageError(
-                f"{path} is no result of bench methods: "
-                f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
-                "name a file that `secateur bench methods -o FILE` wrote",
-            ) from fault
 
 
 def measure_methods(
@@ -262,56 +119,6 @@ def measure_methods(
             for row in sorted(rows.values(), key=lambda r: (order.index(r.pattern), r.perplexity))
         ),
     )
-
-
-def time_dense_passes(
-    model: str, data: str, samples: int, length: int, seed: int, device: str = "auto"
-) -> float:
-    """Seconds of the least that a calibrated walk does: load, run twice and free every block.
-
-    No statistics, no pruning. The time of a pass does not depend on what the text says; without
-    any it is Python's language reference.
-    """
-    import torch
-
-    place = choose_device(device)
-    dtype = torch.float32 if place.type == "cpu" else None  # as prune
-    streamed = StreamedModel(Checkpoint(model), place, dtype)
-    text = "pydoc" if data == "none" else data
-    inputs = calibration_inputs(
-        streamed, recipe.Calibration(data=text, samples=samples, length=length, seed=seed)
-    )
-    begun = _now(place)
-    walk = Walk(streamed, inputs, frozenset())
-    for index in range(len(streamed.blocks)):
-        streamed.load_block(index)
-        walk.advance(index)
-        walk.advance(index)
-        streamed.free_block(index)
-    return _now(place) - begun
-
-
-def write_own_text(model: str, calibration: str, device: str, file: str) -> None:
-    """Let a model write its calibration text, into a file that ``--data`` takes.
-
-    Args:
-        calibration: the recipe's section as JSON.
-    """
-    import torch
-
-    place = choose_device(device)
-    dtype = torch.float32 if place.type == "cpu" else None  # as prune
-    streamed = StreamedModel(Checkpoint(model), place, dtype)
-    wanted = recipe.Calibration.model_validate_json(calibration)
-    save_tensors(Path(file), calibration_inputs(streamed, wanted))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-    return time.monotonic()
 
 
 def _patterns(patterns: Sequence[str]) -> list[Pattern]:
@@ -402,7 +209,7 @@ class _Bench:
         if not file.exists():
             self.say("calibration text, written by the model")
             script = (
-                "import sys; from secateur.bench.methods import write_own_text; "
+                "import sys; from secateur.bench.calibrated_work import write_own_text; "
                 "write_own_text(*sys.argv[1:])"
             )
             how = [str(self.model), calibration.model_dump_json(), self.device, str(file)]
@@ -432,7 +239,7 @@ class _Bench:
     def check(self, cells: Collection[tuple[Pattern, Entry]]) -> None:
         """Let prune plan each method once, which reads no weight, before hours are spent."""
         for pattern, entry in {entry: (pattern, entry) for pattern, entry in cells}.values():
-            _secateur([*self._prune(pattern, entry), "--dry-run"])
+            run_secateur([*self._prune(pattern, entry), "--dry-run"])
 
     def dense(self) -> AccuracyResult:
         """How the dense model reads the evaluation text."""
@@ -454,7 +261,7 @@ class _Bench:
         text = self.calibration
         arguments = [str(self.model), self.text, text.samples, text.length, text.seed, self.device]
         script = (
-            "import json, sys; from secateur.bench.methods import time_dense_passes; "
+            "import json, sys; from secateur.bench.calibrated_work import time_dense_passes; "
             "print(time_dense_passes(*json.loads(sys.argv[1])))"
         )
         printed, _ = run_process([sys.executable, "-c", script, json.dumps(arguments)])
@@ -469,7 +276,7 @@ class _Bench:
         shutil.rmtree(partial, ignore_errors=True)
         name = {"pattern": str(pattern), "method": entry.text}
         try:
-            answer, peak = _secateur([*self._prune(pattern, entry), "--overwrite"])
+            answer, peak = run_secateur([*self._prune(pattern, entry), "--overwrite"])
             row = MethodRow(
                 **name,
                 accuracy=self._accuracy(folder),
@@ -543,67 +350,3 @@ def _layer_facts(manifest: Manifest) -> dict[str, Any]:
         "worst_layer": worst,
         "notes": tuple(manifest.notes),
     }
-
-
-# On Linux a process starts with the peak memory of the one that forked it, and so does its own
-# peak; ours may have held two models. So a small process stands between: it starts the command,
-# and prints how it ended and its peak as a last line. Ctrl-C reaches the command by itself.
-_LAUNCHER = """
-import os, signal, subprocess, sys
-process = subprocess.Popen(sys.argv[1:])
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, lambda *_: os.kill(process.pid, signal.SIGTERM))
-_, status, usage = os.wait4(process.pid, 0)
-unit = 1 if sys.platform == "darwin" else 1024
-print(f"\\n{os.waitstatus_to_exitcode(status)} {usage.ru_maxrss * unit}")
-"""
-
-
-def run_process(command: Sequence[str]) -> tuple[str, int]:
-    """Run a command; what it printed, and its peak memory in bytes.
-
-    Raises:
-        SecateurError: it failed; with its own sentence if it printed one as JSON.
-    """
-    # As the secateur command does for itself: one rule for all that is compared.
-    environment = {"GOMP_SPINCOUNT": "5000", **os.environ}
-    with subprocess.Popen(
-        [sys.executable, "-c", _LAUNCHER, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as launcher:
-        try:
-            stdout, stderr = launcher.communicate()
-        except BaseException:
-            launcher.terminate()  # passed on to the command
-            launcher.wait()
-            raise
-    printed, _, report = stdout.rstrip("\n").rpartition("\n")
-    code, peak = map(int, report.split())
-    if code != 0:
-        raise _fault(code, printed, stderr)
-    return printed, peak
-
-
-def _secateur(arguments: Sequence[str]) -> tuple[Any, int]:
-    """Run ``secateur …`` for its JSON."""
-    command = [sys.executable, "-m", "secateur", *arguments, "--quiet", "--json"]
-    printed, peak = run_process(command)
-    return json.loads(printed), peak
-
-
-def _fault(code: int, stdout: str, stderr: str) -> SecateurError:
-    try:
-        said = json.loads(stdout)["error"]
-    except (ValueError, LookupError, TypeError):
-        if code < 0:
-            return SecateurError(
-                f"the process was ended by signal {-code}",
-                "if the machine ran out of memory, use fewer --samples or a smaller --length",
-            )
-        last = (stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return SecateurError(f"the process ended with exit code {code}: {last}")
-    kinds = {kind.exit_code: kind for kind in (UsageError, ModelError, EnvironmentFault)}
-    return kinds.get(code, SecateurError)(said["message"], said["fix"])

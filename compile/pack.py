@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from secateur.architecture import ARCHITECTURES
 from secateur.artifact import Artifact, Manifest, library_versions, refuse_existing
 from secateur.bits import unpack_mask
 from secateur.checkpoint import (
@@ -26,7 +27,6 @@ from secateur.compile.packed import encode, open_safely
 from secateur.compile.report import LayerReport, PackReport
 from secateur.compile.values import LIMITS, VALUE_TYPES, check_value_type, convert, with_dtype
 from secateur.errors import ModelError
-from secateur.model import ARCHITECTURES
 from secateur.pattern import Pattern
 from secateur.recipe import Calibration, Compile, ValueType, validate
 

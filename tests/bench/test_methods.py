@@ -16,7 +16,10 @@ import pytest
 import secateur.cli.methods_bench_command as command
 from secateur.artifact import Manifest
 from secateur.bench import measure_accuracy, methods
-from secateur.bench.methods import Entry, MethodsResult, measure_methods, split_entries
+from secateur.bench.calibrated_work import time_dense_passes
+from secateur.bench.method_results import Entry, MethodsResult, split_entries
+from secateur.bench.methods import measure_methods
+from secateur.bench.processes import run_process
 from secateur.errors import ModelError, SecateurError, UsageError
 from secateur.prune import prune_model
 from secateur.recipe import Accuracy, Calibration, Prune
@@ -267,17 +270,17 @@ def test_dense_passes_run_every_block_twice(
     advance = Walk.advance
     monkeypatch.setattr(Walk, "advance", lambda walk, at: [ran.append(at), advance(walk, at)])
     for data in (str(text), "self"):
-        assert 0 < methods.time_dense_passes(str(dense), data, 2, 100, 0) < 30
+        assert 0 < time_dense_passes(str(dense), data, 2, 100, 0) < 30
     assert ran == [0, 0, 1, 1] * 2
 
 
 def test_a_process_answers_for_its_own_memory_only() -> None:
     hundred = 100 * 2**20
     ballast = bytearray(os.urandom(4096)) * (3 * hundred // 4096)
-    printed, peak = methods.run_process([sys.executable, "-c", "print('a'); print('b')"])
+    printed, peak = run_process([sys.executable, "-c", "print('a'); print('b')"])
     assert printed == "a\nb\n"
     assert 2**20 < peak < hundred
-    _, peak = methods.run_process([sys.executable, "-c", f"x = b'x' * {2 * hundred}"])
+    _, peak = run_process([sys.executable, "-c", f"x = b'x' * {2 * hundred}"])
     assert 2 * hundred < peak < len(ballast)
 
 
@@ -291,7 +294,7 @@ def test_a_process_answers_for_its_own_memory_only() -> None:
 )
 def test_how_a_process_failed(script: str, says: str) -> None:
     with pytest.raises(SecateurError, match=says):
-        methods.run_process([sys.executable, "-c", script])
+        run_process([sys.executable, "-c", script])
 
 
 def test_an_interrupted_measurement_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -304,7 +307,7 @@ def test_an_interrupted_measurement_leaves_no_process_behind(tmp_path: Path) -> 
     signal.setitimer(signal.ITIMER_REAL, 3)
     try:
         with pytest.raises(KeyboardInterrupt):
-            methods.run_process([sys.executable, "-c", script, str(started)])
+            run_process([sys.executable, "-c", script, str(started)])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from secateur.architecture import ARCHITECTURES
 from secateur.artifact import Manifest
 from secateur.bits import unpack_mask
 from secateur.checkpoint import Checkpoint
-from secateur.model import ARCHITECTURES, StreamedModel
+from secateur.model import StreamedModel
 from secateur.pattern import Pattern
 from secateur.prune import prune_model
 from secateur.prune.masks import keep_highest

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from secateur.architecture import ARCHITECTURES
 from secateur.bits import unpack_mask
 from secateur.calibration import calibration_inputs
 from secateur.checkpoint import Checkpoint
 from secateur.gradients import gradient_file, regional_gradients, stream_gradients
-from secateur.model import ARCHITECTURES, Linear, StreamedModel
+from secateur.model import Linear, StreamedModel
 from secateur.prune import prune_model
 from secateur.recipe import Calibration, Prune
 from secateur.walk import Walk

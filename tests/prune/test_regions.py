@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from secateur.architecture import ARCHITECTURES
 from secateur.artifact import Manifest
 from secateur.bits import unpack_mask
 from secateur.checkpoint import Checkpoint
-from secateur.model import ARCHITECTURES, StreamedModel
+from secateur.model import StreamedModel
 from secateur.prune import find_method, prune_model
 from secateur.prune.blockwise import Settings, blockwise
 from secateur.prune.method import Region

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from secateur.architecture import ARCHITECTURES
 from secateur.checkpoint import Checkpoint
 from secateur.errors import ModelError
-from secateur.model import ARCHITECTURES, Linear, StreamedModel
+from secateur.model import Linear, StreamedModel
 from secateur.statistics import PROBE_TOKENS, InputStatistics
 from secateur.walk import Walk
 

@@ -19,7 +19,7 @@ from secateur.cli.bench_command import Device, Output, Quiet, _check_output, _co
 from secateur.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from secateur.bench.methods import MethodRow, MethodsResult
+    from secateur.bench.method_results import MethodRow, MethodsResult
     from secateur.bench.results import Estimate
 
 
@@ -70,7 +70,8 @@ def methods(
 
     Exits with 3 if a cell of the table failed; the others are measured all the same.
     """
-    from secateur.bench.methods import MethodsResult, measure_methods, split_entries
+    from secateur.bench.method_results import MethodsResult, split_entries
+    from secateur.bench.methods import measure_methods
     from secateur.recipe import Accuracy, Calibration, Prune, validate
 
     text = validate(
@@ -172,7 +173,7 @@ def cells(row: MethodRow) -> list[str]:
 
 def dense_row(result: MethodsResult) -> MethodRow:
     """The dense model as a row."""
-    from secateur.bench.methods import MethodRow
+    from secateur.bench.method_results import MethodRow
 
     return MethodRow(pattern="dense", method="dense", accuracy=result.dense)
 
