@@ -1,52 +1,38 @@
 """Prefill and decode speed of models side by side: one process, alternating order, raw samples.
 
 A round runs every model once, in the given order in even rounds and in reverse in odd ones, so
-that a machine that gets slower or faster treats all models alike. One run is a prefill (the
-prompt, and the argmax of its last position) and `new_tokens` greedy steps with a KV cache.
+that a machine that gets slower or faster treats all models alike.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
+import os
 import resource
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from secateur import recipe
 from secateur.bench.results import Environment, Estimate, LatencyResult, ModelLatency, Spread
-from secateur.bench.subjects import (
-    check_models,
-    model_bytes,
-    notes_on,
-    open_models,
+from secateur.bench.runners import (
+    Runner,
+    Subject,
+    Timing,
+    choose_engine,
+    is_gguf,
+    open_llama_cpp,
+    open_native,
+    open_transformers,
 )
+from secateur.bench.subjects import check_models, notes_on
 from secateur.device import choose_device, choose_dtype
 from secateur.progress import Tick, no_tick
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
 _FAR = 10 * 1.4826  # median absolute deviations: 10 σ of a normal distribution
 _NOTICEABLE = 0.05  # fraction of the median below which a deviation does not matter
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds that one model took in one round."""
-
-    prefill: float
-    decode: float
-
-
-Runner = Callable[[], Timing]
 
 
 def measure_latency(
@@ -54,6 +40,7 @@ def measure_latency(
     settings: recipe.Latency | None = None,
     *,
     against: str | Path | None = None,
+    engine: str = "auto",
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
@@ -62,53 +49,61 @@ def measure_latency(
     """Time models against each other; all of them are in memory at once.
 
     Args:
-        models: directories of dense, pruned or packed models.
+        models: directories of dense, pruned or packed models, run by one engine; or .gguf files,
+            run by llama.cpp.
         settings: prompt, new tokens, batch, rounds, seconds; None: the defaults.
         against: the model that the speed-ups refer to.
-        dtype: compute type: float32, bfloat16, float16 or auto.
+        engine: transformers, native, or auto: native where it can run all of the directories.
+        dtype: compute type of transformers: float32, bfloat16, float16 or auto.
         device: auto, cpu, cuda or cuda:N.
-        threads: CPU threads of torch; None: as torch chooses.
+        threads: CPU threads; None: all cores of this process.
         progress: called with (rounds done, rounds expected).
 
     Raises:
         ModelError: a model cannot be opened or reads fewer tokens than asked.
-        UsageError: a dtype or device is unknown.
-        EnvironmentFault: CUDA is asked for and absent.
+        UsageError: an engine, dtype or device is unknown, or they do not go together.
+        EnvironmentFault: CUDA or llama.cpp is asked for and absent.
     """
-    from secateur.serve.linear import kernel_report
-
     settings = settings or recipe.Latency()
     place = choose_device(device)
-    dtype, note = choose_dtype(dtype, place)
     paths = [*([against] if against is not None else []), *models]
-    check_models(paths, settings.prompt + settings.new_tokens)
+    check_models(
+        [path for path in paths if not is_gguf(path)] or paths,
+        settings.prompt + settings.new_tokens,
+    )
+    engine, remark = choose_engine(engine, paths, place.type, dtype)
+    native, note = engine == "native", None
+    if not native:
+        dtype, note = choose_dtype(dtype, place)
+    threads = threads or len(os.sched_getaffinity(0))
+
+    def open_one(path: str | Path) -> Subject:
+        if is_gguf(path):
+            return open_llama_cpp(path, settings, threads)
+        if native:
+            return open_native(path, settings, threads)
+        return open_transformers(path, settings, dtype, place)
+
     with _threads(threads):
         environment = Environment.read(place)
-        opened = open_models(paths, dtype, place)
-        runners = [_runner(model, settings, place) for model in opened]
-        for run in runners:
-            run()  # warm-up: first touch of the weights, thread pools, kernel selection
+        subjects = [open_one(path) for path in paths]
+        for subject in subjects:
+            subject.run()  # warm-up: first touch of the weights, thread pools, kernel selection
         begun = time.perf_counter()
+        runners = [subject.run for subject in subjects]
         timings = interleave(runners, settings.rounds, settings.min_seconds, progress=progress)
         seconds = time.perf_counter() - begun
-    kernels = [
-        f"{path}: {use}"
-        for path, model in zip(paths, opened, strict=True)
-        for use in kernel_report(model)
-    ]
-    rows = [
-        _row(path, model, own, timings[0] if against is not None else None, settings)
-        for path, model, own in zip(paths, opened, timings, strict=True)
-    ]
+    base = timings[0] if against is not None else None
+    rows = [_row(*both, base, settings) for both in zip(subjects, timings, strict=True)]
     if against is not None:
         rows[0] = rows[0].model_copy(update={"prefill_speedup": None, "decode_speedup": None})
     return LatencyResult(
         environment=environment,
-        dtype=dtype,
+        dtype="that of the weights" if native else dtype,
         notes=(
-            *([note] if note else []),
-            *notes_on(paths),
-            *kernels,
+            *(said for said in (remark, note) if said),
+            *(() if native else notes_on(paths)),
+            *(f"{subject.path}: {text}" for subject in subjects for text in subject.notes),
             *_notes_on_machine(environment),
         ),
         prompt=settings.prompt,
@@ -172,75 +167,33 @@ def warnings_on(name: str, seconds: Sequence[float]) -> list[str]:
     return []
 
 
-def _runner(model: PreTrainedModel, settings: recipe.Latency, device: torch.device) -> Runner:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    shape = (settings.batch, settings.prompt)
-    prompt = torch.randint(
-        model.config.get_text_config().vocab_size, shape, generator=generator
-    ).to(device)
-    keywords = {"use_cache": True, **_last_position(model)}
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    @torch.inference_mode()
-    def run() -> Timing:
-        begun = now()
-        output = model(input_ids=prompt, **keywords)
-        token = output.logits[:, -1:].argmax(-1)
-        filled = now()
-        for _ in range(settings.new_tokens):
-            output = model(input_ids=token, past_key_values=output.past_key_values, **keywords)
-            token = output.logits[:, -1:].argmax(-1)
-        return Timing(prefill=filled - begun, decode=now() - filled)
-
-    return run
-
-
-def _last_position(model: PreTrainedModel) -> dict[str, int]:
-    """The keyword that limits the logits to the last position, where the architecture has it."""
-    known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-
-
 def _row(
-    path: str | Path,
-    model: PreTrainedModel,
+    subject: Subject,
     timings: Sequence[Timing],
     baseline: Sequence[Timing] | None,
     settings: recipe.Latency,
 ) -> ModelLatency:
-    from secateur.serve.linear import kernel_report
-
     prefill, decode = _rates(timings, settings)
-    warnings = [
-        *warnings_on("prefill", [timing.prefill for timing in timings]),
-        *warnings_on("decode", [timing.decode for timing in timings]),
-    ]
-    if not _last_position(model):
-        warnings.append("prefill: computes the logits of every position, not only of the last")
     prefill_speedup = decode_speedup = None
     if baseline is not None:
         base_prefill, base_decode = _rates(baseline, settings)
         prefill_speedup = Estimate.of(prefill, base_prefill)
         decode_speedup = Estimate.of(decode, base_decode)
-    leaves = (module for module in model.modules() if next(module.children(), None) is None)
-    tensors = [*model.parameters(), *model.buffers()]
     return ModelLatency(
-        path=str(path),
-        bytes=model_bytes(path),
-        memory_bytes=sum(tensor.nbytes for tensor in tensors)
-        + sum(use.nbytes for use in kernel_report(model) if use.path == "kernels"),
-        modules=dict(Counter(type(module).__name__ for module in leaves).most_common()),
+        path=subject.path,
+        engine=subject.engine,
+        bytes=subject.bytes,
+        memory_bytes=subject.memory_bytes,
+        modules=subject.modules,
         prefill_tokens_per_s=Spread.of(prefill),
         decode_tokens_per_s=Spread.of(decode),
         prefill_speedup=prefill_speedup,
         decode_speedup=decode_speedup,
-        warnings=tuple(warnings),
+        warnings=(
+            *warnings_on("prefill", [timing.prefill for timing in timings]),
+            *warnings_on("decode", [timing.decode for timing in timings]),
+            *subject.warnings,
+        ),
     )
 
 
@@ -262,11 +215,11 @@ def _notes_on_machine(environment: Environment) -> list[str]:
 
 
 @contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
+def _threads(wanted: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
+    torch.set_num_threads(wanted)
     try:
         yield
     finally:

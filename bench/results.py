@@ -192,16 +192,18 @@ class ModelLatency(_Facts):
     """How fast one model is; the speed-ups are None for the baseline.
 
     Attributes:
-        path: the directory as it was given.
+        path: the directory or file as it was given.
+        engine: what ran it: transformers, native or llama.cpp.
         bytes: size of its weight files.
-        memory_bytes: size of its parameters, buffers and CPU layouts in memory.
-        modules: number of innermost modules by class: which kernels could have run.
+        memory_bytes: size of its weights in memory, in whatever forms.
+        modules: what computed: number of innermost modules by class, or of linears by layout.
         prefill_tokens_per_s, decode_tokens_per_s: over all sequences of the batch.
         prefill_speedup, decode_speedup: ratio of the mean rates, model/baseline, paired by round.
         warnings: what makes the numbers doubtful.
     """
 
     path: str
+    engine: str
     bytes: int
     memory_bytes: int
     modules: dict[str, int]
@@ -219,7 +221,7 @@ class LatencyResult(_Result):
         peak_rss_bytes: the most memory this process ever held, all models together.
     """
 
-    schema_: Literal["secateur/bench-latency/1"] = Field("secateur/bench-latency/1", alias="schema")
+    schema_: Literal["secateur/bench-latency/2"] = Field("secateur/bench-latency/2", alias="schema")
     prompt: int
     new_tokens: int
     batch: int

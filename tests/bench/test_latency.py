@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from secateur.bench import LatencyResult, latency, measure_latency, model_bytes
-from secateur.bench.latency import Timing, interleave, warnings_on
+from secateur.bench import LatencyResult, measure_latency, model_bytes
+from secateur.bench.latency import interleave, warnings_on
+from secateur.bench.runners import Runner, Timing
 from secateur.bench.results import Estimate, Spread
 from secateur.errors import EnvironmentFault, ModelError
 from secateur.recipe import Latency
@@ -31,7 +32,7 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def runner(self, name: str, seconds: float) -> latency.Runner:
+    def runner(self, name: str, seconds: float) -> Runner:
         def run() -> Timing:
             self.ran.append(name)
             self.now += seconds
@@ -130,7 +131,7 @@ def test_measuring_tiny_models(dense: Path, sparse: Path) -> None:
     assert model.modules["Linear"] == 15
     assert result.peak_rss_bytes > 2**20
     plain = json.loads(json.dumps(result.to_json()))
-    assert plain["schema"] == "secateur/bench-latency/1"
+    assert plain["schema"] == "secateur/bench-latency/2"
     assert LatencyResult.model_validate(plain) == result
 
 

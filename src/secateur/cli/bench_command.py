@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Models = Annotated[list[str], Argument(help="Model directories: dense, pruned or packed.")]
 Against = Annotated[str | None, Option(help="Directory of the dense model to compare with.")]
+Timed = Annotated[list[str], Argument(help="Model directories; .gguf files go to llama.cpp.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Output = Annotated[Path | None, Option("--output", "-o", help="Also write the JSON to this file.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress on stderr.")]
@@ -66,15 +67,18 @@ def accuracy(
 
 @bench.command("latency")
 def latency(
-    models: Models,
+    models: Timed,
     against: Against = None,
+    engine: Annotated[
+        str, Option(help="What runs directories: transformers, native, or auto.")
+    ] = "auto",
     prompt: Annotated[int, Option(help="Prompt tokens of the prefill.")] = 128,
     new_tokens: Annotated[int, Option(help="Tokens decoded after it.")] = 32,
     batch: Annotated[int, Option(help="Sequences at once.")] = 1,
     rounds: Annotated[int, Option(help="Interleaved rounds at least.")] = 5,
     min_seconds: Annotated[float, Option(help="Go on with rounds until this much time.")] = 3.0,
     threads: Annotated[
-        int | None, Option(min=1, help="CPU threads.", show_default="torch's choice")
+        int | None, Option(min=1, help="CPU threads.", show_default="all cores")
     ] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Device = "auto",
@@ -103,6 +107,7 @@ def latency(
             models,
             settings,
             against=against,
+            engine=engine,
             dtype=dtype,
             device=device,
             threads=threads,
@@ -149,17 +154,24 @@ def show_latency(result: LatencyResult) -> None:
     """Print a latency result: a line for each model and phase, then warnings and the machine."""
     from rich.table import Table
 
-    table = Table("model", "phase", box=None)
+    table = Table("model", "engine", "phase", box=None)
     for title in ("tokens/s, mean ± σ", "min … max", "speed-up"):
         table.add_column(title, justify="right", no_wrap=True)
     for model in result.everyone:
-        for name, phase, rate, speedup in (
-            (model.path, "prefill", model.prefill_tokens_per_s, model.prefill_speedup),
-            ("", "decode", model.decode_tokens_per_s, model.decode_speedup),
+        for name, ran, phase, rate, speedup in (
+            (
+                model.path,
+                model.engine,
+                "prefill",
+                model.prefill_tokens_per_s,
+                model.prefill_speedup,
+            ),
+            ("", "", "decode", model.decode_tokens_per_s, model.decode_speedup),
         ):
             times = f"{speedup.value:.3f} ± {speedup.stddev:.3f}" if speedup else ""
             table.add_row(
                 name,
+                ran,
                 phase,
                 f"{rate.mean:.2f} ± {rate.stddev:.2f}",
                 f"{rate.min:.2f} … {rate.max:.2f}",

@@ -1,0 +1,283 @@
+"""Models that are ready to be timed: with transformers, the native engine or llama.cpp.
+
+One run is a prefill (the prompts, and the argmax of their last positions) and `new_tokens` greedy
+steps with a KV cache. The prompts are random tokens, the same for all models of one vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from secateur import recipe
+from secateur.bench.subjects import model_bytes
+from secateur.errors import EnvironmentFault, ModelError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Ids = np.ndarray[Any, np.dtype[np.int32]]
+
+ENGINES = ("transformers", "native")  # of directories; a .gguf file is run by llama.cpp
+_CHUNK = 512  # prompt tokens of a step: what an engine with other things to do would take
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that one model took in one round."""
+
+    prefill: float
+    decode: float
+
+
+Runner = Callable[[], Timing]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in memory.
+
+    Attributes:
+        path: as it was given.
+        engine: what runs it.
+        run: one run, timed.
+        bytes: of its weight files.
+        memory_bytes: of its weights in memory.
+        modules: what it computes with: innermost modules by class, or linears by layout.
+        notes: what a reader must know of how it is computed.
+        warnings: what makes its numbers doubtful.
+    """
+
+    path: str
+    engine: str
+    run: Runner
+    bytes: int
+    memory_bytes: int
+    modules: dict[str, int]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is llama.cpp's to run."""
+    return Path(path).suffix == ".gguf"
+
+
+def choose_engine(
+    wanted: str, paths: Sequence[str | Path], device: str, dtype: str
+) -> tuple[str, str | None]:
+    """The engine for all directories, and a remark if "auto" could not take the native one.
+
+    Raises:
+        UsageError: there is no such engine, or the native one cannot do what is asked.
+    """
+    from secateur.serve.native.config import obstacle
+
+    if wanted not in (*ENGINES, "auto"):
+        raise UsageError(f"there is no engine {wanted!r}", did_you_mean(wanted, [*ENGINES, "auto"]))
+    if wanted == "transformers":
+        return wanted, None
+    why = None
+    if device != "cpu":
+        why = f"it has no kernels for {device}"
+    elif dtype != "auto":
+        why = f"it computes in the type of the weights, not in {dtype}"
+    for path in paths:
+        why = why or (None if is_gguf(path) else obstacle(path))
+    if why is None:
+        return "native", None
+    if wanted == "native":
+        raise UsageError(f"the native engine cannot be measured here: {why}", "leave out --engine")
+    return "transformers", f"run by transformers; the native engine cannot: {why}"
+
+
+def open_transformers(
+    path: str | Path, settings: recipe.Latency, dtype: str, device: torch.device
+) -> Subject:
+    """Open a directory with transformers, in one compute type of `DTYPES`.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
+    import torch
+
+    from secateur.model import load_causal_lm
+    from secateur.serve.linear import kernel_report
+
+    model = load_causal_lm(path, dtype=getattr(torch, dtype)).to(device)
+    uses = kernel_report(model)
+    leaves = (module for module in model.modules() if next(module.children(), None) is None)
+    tensors = [*model.parameters(), *model.buffers()]
+    short = _last_position(model)
+    doubt = "prefill: computes the logits of every position, not only of the last"
+    return Subject(
+        str(path),
+        "transformers",
+        _transformers_runner(model, settings, device, short),
+        model_bytes(path),
+        sum(tensor.nbytes for tensor in tensors)
+        + sum(use.nbytes for use in uses if use.path == "kernels"),
+        dict(Counter(type(module).__name__ for module in leaves).most_common()),
+        tuple(map(str, uses)),
+        () if short else (doubt,),
+    )
+
+
+def open_native(path: str | Path, settings: recipe.Latency, threads: int | None) -> Subject:
+    """Open a directory with the native engine.
+
+    Raises:
+        ModelError: it cannot be opened.
+        EnvironmentFault: the kernels are not built.
+    """
+    from secateur.serve.native.model import NativeModel
+
+    pages = settings.batch * -(-(settings.prompt + settings.new_tokens) // NativeModel.page_tokens)
+    model = NativeModel.open(path, threads=threads, pages=pages)
+    layouts: Counter[str] = Counter()
+    for use in model.report:
+        layouts[f"{use.layout} {use.values}"] += use.linears
+    return Subject(
+        str(path),
+        "native",
+        _native_runner(model, settings),
+        model_bytes(path),
+        model.nbytes,
+        dict(layouts.most_common()),
+        tuple(map(str, model.report)),
+    )
+
+
+def open_llama_cpp(path: str | Path, settings: recipe.Latency, threads: int) -> Subject:
+    """Open a GGUF file with llama.cpp.
+
+    Raises:
+        EnvironmentFault: llama-cpp-python is not installed.
+        UsageError: a batch is asked for.
+        ModelError: it cannot be opened.
+    """
+    try:
+        import llama_cpp
+    except ImportError as fault:
+        raise EnvironmentFault(
+            f"{path} needs llama.cpp, which is not installed",
+            "pip install 'secateur[llama-cpp]', which compiles it",
+        ) from fault
+    if settings.batch != 1:
+        raise UsageError(f"{path}: llama.cpp is measured with one sequence", "leave out --batch")
+    length = settings.prompt + settings.new_tokens
+    try:
+        model = llama_cpp.Llama(
+            str(path), n_ctx=length, n_batch=_CHUNK, n_ubatch=_CHUNK, verbose=False,
+            n_threads=threads, n_threads_batch=threads,
+        )  # fmt: skip
+    except (ValueError, OSError) as fault:
+        raise ModelError(f"llama.cpp cannot open {path}: {fault}", "check the file") from fault
+    size = Path(path).stat().st_size
+    runner = _llama_cpp_runner(llama_cpp, model, settings)
+    return Subject(
+        str(path), "llama.cpp", runner, size, size, {}, (f"llama.cpp {llama_cpp.__version__}",)
+    )
+
+
+def prompts(vocabulary: int, settings: recipe.Latency) -> Ids:
+    """The tokens that are read, ``[batch, prompt]``."""
+    shape = (settings.batch, settings.prompt)
+    return np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int32)
+
+
+def _transformers_runner(
+    model: PreTrainedModel, settings: recipe.Latency, device: torch.device, short: dict[str, int]
+) -> Runner:
+    import torch
+
+    tokens = prompts(model.config.get_text_config().vocab_size, settings)
+    prompt = torch.from_numpy(tokens).long().to(device)
+    keywords = {"use_cache": True, **short}
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    @torch.inference_mode()
+    def run() -> Timing:
+        begun = now()
+        output = model(input_ids=prompt, **keywords)
+        token = output.logits[:, -1:].argmax(-1)
+        filled = now()
+        for _ in range(settings.new_tokens):
+            output = model(input_ids=token, past_key_values=output.past_key_values, **keywords)
+            token = output.logits[:, -1:].argmax(-1)
+        return Timing(prefill=filled - begun, decode=now() - filled)
+
+    return run
+
+
+def _last_position(model: PreTrainedModel) -> dict[str, int]:
+    """The keyword that limits the logits to the last position, where the architecture has it."""
+    known = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
+def _native_runner(model: Any, settings: recipe.Latency) -> Runner:
+    from secateur.serve.native.step import Batch
+
+    tokens = prompts(model.vocabulary_size, settings)
+    batch, length = tokens.shape
+    tables = np.arange(model.pages, dtype=np.int32).reshape(batch, -1)
+    size = max(1, _CHUNK // batch)
+
+    def step(new: Ids, position: int) -> Ids:
+        count = new.shape[1]
+        starts = np.arange(batch + 1, dtype=np.int32) * count
+        last = starts[1:] - 1
+        positions = np.full(batch, position, np.int32)
+        logits = model.step(Batch(new.reshape(-1), starts, positions, tables, last))
+        chosen: Ids = logits.argmax(axis=1).astype(np.int32)[:, None]
+        return chosen
+
+    def run() -> Timing:
+        begun = time.perf_counter()
+        for at in range(0, length, size):
+            token = step(np.ascontiguousarray(tokens[:, at : at + size]), at)
+        filled = time.perf_counter()
+        for at in range(settings.new_tokens):
+            token = step(token, length + at)
+        return Timing(prefill=filled - begun, decode=time.perf_counter() - filled)
+
+    return run
+
+
+def _llama_cpp_runner(library: Any, model: Any, settings: recipe.Latency) -> Runner:
+    vocabulary = model.n_vocab()
+    tokens = prompts(vocabulary, settings)[0]
+    context = model.ctx
+
+    def step(new: Ids) -> Ids:
+        array = (library.llama_token * len(new))(*new.tolist())
+        code = library.llama_decode(context, library.llama_batch_get_one(array, len(new)))
+        if code != 0:
+            raise ModelError(f"llama.cpp failed with code {code}", "check the file")
+        logits = np.ctypeslib.as_array(library.llama_get_logits_ith(context, -1), (vocabulary,))
+        return np.array([logits.argmax()], np.int32)
+
+    def run() -> Timing:
+        library.llama_memory_clear(library.llama_get_memory(context), True)
+        begun = time.perf_counter()
+        for at in range(0, len(tokens), _CHUNK):
+            token = step(tokens[at : at + _CHUNK])
+        filled = time.perf_counter()
+        for _ in range(settings.new_tokens):
+            token = step(token)
+        return Timing(prefill=filled - begun, decode=time.perf_counter() - filled)
+
+    return run
