@@ -67,10 +67,9 @@ def measure_latency(
     settings = settings or recipe.Latency()
     place = choose_device(device)
     paths = [*([against] if against is not None else []), *models]
-    check_models(
-        [path for path in paths if not is_gguf(path)] or paths,
-        settings.prompt + settings.new_tokens,
-    )
+    directories = [path for path in paths if not is_gguf(path)]
+    if directories or not paths:
+        check_models(directories, settings.prompt + settings.new_tokens)
     engine, remark = choose_engine(engine, paths, place.type, dtype)
     native, note = engine == "native", None
     if not native:

@@ -140,17 +140,23 @@ def open_native(path: str | Path, settings: recipe.Latency, threads: int | None)
     """
     from secateur.serve.native.model import NativeModel
 
-    pages = settings.batch * -(-(settings.prompt + settings.new_tokens) // NativeModel.page_tokens)
-    model = NativeModel.open(path, threads=threads, pages=pages)
+    model = NativeModel.open(path, threads=threads)
+    needed = settings.batch * -(-(settings.prompt + settings.new_tokens) // model.page_tokens)
+    if needed > model.pages:
+        raise UsageError(
+            f"{path}: the KV cache has {model.pages} pages; {settings.batch} sequences of "
+            f"{settings.prompt + settings.new_tokens} tokens take {needed}",
+            "use a smaller --batch, --prompt or --new-tokens",
+        )
     layouts: Counter[str] = Counter()
     for use in model.report:
-        layouts[f"{use.layout} {use.values}"] += use.linears
+        layouts[f"{use.layout} {use.values}"] += use.matrices
     return Subject(
         str(path),
         "native",
         _native_runner(model, settings),
         model_bytes(path),
-        model.nbytes,
+        model.weight_bytes,
         dict(layouts.most_common()),
         tuple(map(str, model.report)),
     )
@@ -164,6 +170,8 @@ def open_llama_cpp(path: str | Path, settings: recipe.Latency, threads: int) -> 
         UsageError: a batch is asked for.
         ModelError: it cannot be opened.
     """
+    if settings.batch != 1:
+        raise UsageError(f"{path}: llama.cpp is measured with one sequence", "leave out --batch")
     try:
         import llama_cpp
     except ImportError as fault:
@@ -171,8 +179,6 @@ def open_llama_cpp(path: str | Path, settings: recipe.Latency, threads: int) -> 
             f"{path} needs llama.cpp, which is not installed",
             "pip install 'secateur[llama-cpp]', which compiles it",
         ) from fault
-    if settings.batch != 1:
-        raise UsageError(f"{path}: llama.cpp is measured with one sequence", "leave out --batch")
     length = settings.prompt + settings.new_tokens
     try:
         model = llama_cpp.Llama(
@@ -233,7 +239,8 @@ def _native_runner(model: Any, settings: recipe.Latency) -> Runner:
 
     tokens = prompts(model.vocabulary_size, settings)
     batch, length = tokens.shape
-    tables = np.arange(model.pages, dtype=np.int32).reshape(batch, -1)
+    pages = -(-(length + settings.new_tokens) // model.page_tokens)
+    tables = np.arange(batch * pages, dtype=np.int32).reshape(batch, pages)
     size = max(1, _CHUNK // batch)
 
     def step(new: Ids, position: int) -> Ids:
@@ -260,18 +267,17 @@ def _native_runner(model: Any, settings: recipe.Latency) -> Runner:
 def _llama_cpp_runner(library: Any, model: Any, settings: recipe.Latency) -> Runner:
     vocabulary = model.n_vocab()
     tokens = prompts(vocabulary, settings)[0]
-    context = model.ctx
 
     def step(new: Ids) -> Ids:
         array = (library.llama_token * len(new))(*new.tolist())
-        code = library.llama_decode(context, library.llama_batch_get_one(array, len(new)))
+        code = library.llama_decode(model.ctx, library.llama_batch_get_one(array, len(new)))
         if code != 0:
             raise ModelError(f"llama.cpp failed with code {code}", "check the file")
-        logits = np.ctypeslib.as_array(library.llama_get_logits_ith(context, -1), (vocabulary,))
+        logits = np.ctypeslib.as_array(library.llama_get_logits_ith(model.ctx, -1), (vocabulary,))
         return np.array([logits.argmax()], np.int32)
 
     def run() -> Timing:
-        library.llama_memory_clear(library.llama_get_memory(context), True)
+        library.llama_memory_clear(library.llama_get_memory(model.ctx), True)
         begun = time.perf_counter()
         for at in range(0, len(tokens), _CHUNK):
             token = step(tokens[at : at + _CHUNK])

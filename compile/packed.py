@@ -24,7 +24,6 @@ from secateur.compile import stored
 from secateur.compile.bitmask import expand, pack_nibbles, pack_values
 from secateur.compile.config import (
     BITMASK,
-    LIMITS,
     QUANT_METHOD,
     SCALES,
     VALUES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -184,15 +185,22 @@ def _notes(
     if unseen:
         notes.append(
             f"{len(unseen)} layers pruned by magnitude, as no calibration token was routed to "
-            f"their expert: {', '.join(unseen)}"
+            f"their expert: {_some(unseen)}"
         )
     reasons: dict[str, list[str]] = {}
     for layer in plan.layers:
         if layer.kept_dense is not None:
             reasons.setdefault(layer.kept_dense, []).append(layer.name)
     for reason, names in reasons.items():
-        notes.append(f"{len(names)} layers left dense, {reason}: {', '.join(names)}")
+        notes.append(f"{len(names)} layers left dense, {reason}: {_some(names)}")
     return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names; the manifest lists all of them anyway."""
+    if len(names) <= 4:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _card(manifest: Manifest, plan: Plan) -> str:

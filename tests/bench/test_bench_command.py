@@ -56,7 +56,7 @@ def test_latency_as_a_table(dense: Path, sparse: Path, tmp_path: Path) -> None:
 
 def test_latency_as_json(dense: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = json.loads(run("latency", dense, *QUICK, "--json", "--quiet"))
-    assert printed["schema"] == "secateur/bench-latency/1"
+    assert printed["schema"] == "secateur/bench-latency/2"
     assert printed["baseline"] is None
     assert len(printed["models"][0]["prefill_tokens_per_s"]["samples"]) == 2
     assert capfd.readouterr().err == ""

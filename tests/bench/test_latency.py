@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from secateur.bench import LatencyResult, measure_latency, model_bytes
 from secateur.bench.latency import interleave, warnings_on
-from secateur.bench.runners import Runner, Timing
 from secateur.bench.results import Estimate, Spread
+from secateur.bench.runners import Runner, Timing
 from secateur.errors import EnvironmentFault, ModelError
 from secateur.recipe import Latency
 
@@ -171,7 +171,7 @@ def test_notes_name_what_the_numbers_depend_on(
     manifest = {"schema": "secateur/manifest/1", "kind": "pruned", "source": {}, "recipe": {}}
     (pruned / "manifest.json").write_text(json.dumps({**manifest, "layers": {}}))
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
-    notes = measure_latency([pruned], QUICK, device="cpu").notes
+    notes = measure_latency([pruned], QUICK, engine="transformers", device="cpu").notes
     assert any("computed in" in note for note in notes)
     assert any("pruned but not compiled" in note for note in notes)
     assert any("busy before the measurement" in note for note in notes)
