@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,3 +74,14 @@ def cpu_facts() -> dict[str, str]:
 def cpu_name() -> str:
     """The name of the processor."""
     return cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def return_free_memory() -> None:
+    """Hand freed memory back to the system, where the C library would keep it (glibc).
+
+    Between tensors that stay, the holes of those that went are not always filled again: without
+    this a process that works block by block grows from block to block.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from secateur.architecture import Channels, architecture_of
 from secateur.checkpoint import Checkpoint
+from secateur.device import return_free_memory
 from secateur.errors import ModelError
 
 if TYPE_CHECKING:
@@ -218,8 +219,9 @@ class StreamedModel:
         pool.shutdown(wait=False)
 
     def free_block(self, index: int) -> None:
-        """Drop the weights of a block."""
+        """Drop the weights of a block, and give their memory back to the system."""
         self._empty(self.blocks[index])
+        return_free_memory()
 
     def load_outside(self, head: bool = False) -> None:
         """Fill everything outside the blocks, the output head only if it is asked for."""

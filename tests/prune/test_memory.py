@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from secateur.bench.processes import run_process
 from secateur.checkpoint import Checkpoint
 from secateur.errors import UsageError
 from secateur.model import StreamedModel
@@ -291,3 +293,23 @@ def test_a_model_that_must_not_be_whole_cannot_write_its_text(
     assert not (tmp_path / "a").exists()
     with pytest.raises(UsageError, match="too little for --data self"):
         prune_model(str(path), tmp_path / "b", recipe("wanda", whole - 1), calibration, quiet=True)
+
+
+def test_memory_does_not_grow_with_depth(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    peaks = []
+    for layers in (3, 24):
+        model = make_model(
+            tmp_path / f"{layers}",
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=layers,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+        )
+        arguments = ["--method", "magnitude", "--pattern", "2:4", "--data", "none"]
+        command = ["secateur", "prune", str(model), "-o", str(tmp_path / "out"), "--overwrite"]
+        _, peak = run_process([sys.executable, "-m", *command, *arguments, "--quiet"])
+        peaks.append(peak)
+    weights = (model / "model.safetensors").stat().st_size
+    assert weights > 140 * 2**20
+    assert peaks[1] - peaks[0] < weights / 5
