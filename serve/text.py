@@ -29,14 +29,23 @@ class Tokenizer(Protocol):
     eos_token_id: Any
 
     @property
-    def all_special_ids(self) -> list[int]: ...
+    def all_special_ids(self) -> list[int]:
+        """Ids of the named special tokens."""
+
     @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]: ...
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-    def convert_ids_to_tokens(self, token: int) -> Any: ...
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """The tokens besides the vocabulary of the pieces, by id."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text."""
+
+    def convert_ids_to_tokens(self, token: int) -> Any:
+        """The piece with this id; None where the vocabulary has a gap."""
+
     def apply_chat_template(
         self, messages: Any, *, tokenize: bool, add_generation_prompt: bool
-    ) -> Any: ...
+    ) -> Any:
+        """A conversation as text."""
 
 
 class TextCodec:

@@ -105,14 +105,22 @@ class _Sequence:
         first = None if self.output or not self.prompt_logprobs else tuple(self.prompt_logprobs)
         if self.room == 0:
             return Event(None, finish_reason="length", prompt_logprobs=first)
-        token = sampling.sample(logits, request.sampling, request.prompt, self.output, self.random)
+        constraint = request.constraint
+        allowed = None if constraint is None else constraint.mask()
+        token = sampling.sample(
+            logits, request.sampling, request.prompt, self.output, self.random, allowed
+        )
         self.output.append(token)
         finish: FinishReason | None = None
         if token in self.ends:
             text, finish = self.stream.end(), "stop"
         else:
             text = self.stream.feed(token)
-            if len(self.output) == self.room:
+            if constraint is not None:
+                constraint.accept(token)
+            if constraint is not None and constraint.ended:
+                finish = "stop"
+            elif len(self.output) == self.room:
                 text, finish = text + self.stream.end(), "length"
         text, stopped = self.stops.feed(text)
         if stopped:
@@ -160,7 +168,7 @@ class TransformersEngine(Engine):
         self.max_length = int(known or DEFAULT_MAX_LENGTH)
         dtype = str(model.dtype).removeprefix("torch.")
         self.description = f"{dtype}, {threads} threads, maximum length {self.max_length}"
-        self._eos = _end_tokens(model, codec)
+        self.end_tokens = _end_tokens(model, codec)
         self._model = model
         self._short_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._threads = threads
@@ -193,6 +201,10 @@ class TransformersEngine(Engine):
     def unavailable(self) -> str | None:
         """Why the engine takes no requests, or None."""
         return self._refusing
+
+    def report(self) -> tuple[str, ...]:
+        """What computes the packed linears."""
+        return tuple(map(str, kernel_report(self._model)))
 
     def drain(self, seconds: float) -> None:
         """Take no more requests; see `Engine.drain`."""
@@ -235,7 +247,7 @@ class TransformersEngine(Engine):
                 generation = self._waiting.popleft()
                 if not generation.cancelled:
                     self._running.append(
-                        _Sequence(generation, self.codec, self._eos, self.max_length)
+                        _Sequence(generation, self.codec, self.end_tokens, self.max_length)
                     )
         return True
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastapi.testclient import TestClient
+from starlette.testclient import TestClient
 
 from secateur.serve import load
 from secateur.serve.app import create_app

@@ -79,7 +79,7 @@ def kernels(
     from secateur.bench.kernel_results import KernelSettings, parse_shapes
     from secateur.bench.kernels import measure_kernels
     from secateur.compile import cpu
-    from secateur.prune.memory import parse_size
+    from secateur.sizes import parse_size
     from secateur.recipe import validate
 
     settings = validate(
