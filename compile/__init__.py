@@ -1,35 +1,39 @@
-"""compile: store what is left of a pruned model in a form that is smaller and quick to run."""
+"""compile: store what is left of a pruned model in a form that is smaller and quick to run.
+
+The names below are imported when they are first asked for: most need torch, which a process that
+only runs the kernels (`secateur.compile.cpu`) does without.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from secateur.compile.dense import write_dense
-from secateur.compile.pack import pack_model
-from secateur.compile.packed import PackedModel, Pieces, read_packed
-from secateur.compile.report import LayerReport, PackReport
+if TYPE_CHECKING:
+    from secateur.compile.dense import write_dense
+    from secateur.compile.formats import FORMATS, Format
+    from secateur.compile.pack import pack_model
+    from secateur.compile.packed import PackedModel, read_packed
+    from secateur.compile.report import LayerReport, PackReport
+    from secateur.compile.stored import Pieces
 
 __all__ = ["FORMATS", "Format", "LayerReport", "PackReport", "PackedModel", "Pieces"]
 __all__ += ["pack_model", "read_packed", "write_dense"]
 
-
-@dataclass(frozen=True)
-class Format:
-    """A form that a pruned model can be stored in."""
-
-    description: str
-    write: Callable[..., PackReport]
-
-
-FORMATS = {
-    "packed": Format(
-        "bitmask + kept values, also as int8 or int4, in a Hugging Face directory; opens with "
-        "transformers",
-        pack_model,
-    ),
-    "dense": Format(
-        "plain Hugging Face weights in another value type: the control, and the way back",
-        write_dense,
-    ),
+_HOMES = {
+    "FORMATS": "formats",
+    "Format": "formats",
+    "LayerReport": "report",
+    "PackReport": "report",
+    "PackedModel": "packed",
+    "Pieces": "stored",
+    "pack_model": "pack",
+    "read_packed": "packed",
+    "write_dense": "dense",
 }
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

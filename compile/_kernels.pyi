@@ -55,3 +55,28 @@ def isa() -> str: ...
 def isas() -> list[str]: ...
 def use_isa(name: str) -> None: ...
 def read_bandwidth(nbytes: int, rounds: int) -> list[float]: ...
+
+class Sampler:
+    """How one sequence chooses its tokens, and those it has chosen."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        min_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        logit_bias: Sequence[tuple[int, float]],
+        prompt: Sequence[int],
+    ) -> None: ...
+
+def sample(samplers: Sequence[Sampler], logits: Any, rows: Any, uniforms: Any) -> list[int]:
+    """A token for each row of the logits; -1 where they are not numbers."""
+
+def logprobs(
+    logits: Any, rows: Any, tokens: Any, counts: Any
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """The log-probability of a token of each row, and the best with theirs."""

@@ -52,12 +52,6 @@ def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
     return pairs[::2] | (pairs[1::2] << 4)
 
 
-def unpack_nibbles(nibbles: torch.Tensor, count: int) -> torch.Tensor:
-    """The values, int8 ``[count]``, that `pack_nibbles` packed."""
-    halves = torch.stack([nibbles & 15, nibbles >> 4], dim=1).flatten()[:count]
-    return ((halves ^ 8).view(torch.int8) - 8).contiguous()
-
-
 def expand(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The matrix ``[rows, columns]`` whose kept elements are ``values``, the others +0.0.
 

@@ -17,17 +17,10 @@ import torch
 
 from secateur.calibration import calibration_inputs
 from secateur.checkpoint import Checkpoint, save_tensors, write_json
-from secateur.compile.config import PackedLayer
-from secateur.compile.packed import (
-    BITMASK,
-    SCALES,
-    VALUES,
-    decode,
-    encode_integers,
-    open_safely,
-)
+from secateur.compile.config import BITMASK, LIMITS, SCALES, VALUES, PackedLayer
+from secateur.compile.packed import decode, encode_integers
 from secateur.compile.quantize import DAMPING, activation_error, gptq, rtn
-from secateur.compile.values import LIMITS
+from secateur.compile.stored import open_safely
 from secateur.device import choose_device
 from secateur.errors import ModelError
 from secateur.gram import inverse_factor

@@ -20,7 +20,6 @@ from pydantic import (
     model_validator,
 )
 
-from secateur.compile.values import LIMITS
 from secateur.errors import ModelError, UsageError
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
@@ -28,6 +27,8 @@ from secateur.recipe import ValueType
 QUANT_METHOD = "secateur"
 BITMASK, VALUES, SCALES = ".weight_bitmask", ".weight_values", ".weight_scales"
 GROUP_SIZES = (32, 64, 128)
+LIMITS: dict[ValueType, int] = {"int8": 127, "int4": 7}
+"""The largest magnitude of an integer value: symmetric, so -128 and -8 never occur."""
 MAKE_AGAIN = "write the directory again with `secateur compile`, or copy it again"
 _STORED_TYPES: dict[ValueType, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _STORED_TYPES |= {"int8": "I8", "int4": "U8"}

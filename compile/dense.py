@@ -14,9 +14,10 @@ import torch
 
 from secateur.artifact import Artifact, Manifest, library_versions, refuse_existing
 from secateur.checkpoint import CONFIG, INDEX, Checkpoint, save_tensors, write_index, write_json
-from secateur.compile.packed import QUANT_METHOD, VALUES, read_packed
+from secateur.compile.config import LIMITS, QUANT_METHOD, VALUES
+from secateur.compile.packed import read_packed
 from secateur.compile.report import PackReport
-from secateur.compile.values import LIMITS, check_value_type, convert, dtype_of, with_dtype
+from secateur.compile.values import check_value_type, convert, dtype_of, with_dtype
 from secateur.errors import UsageError
 from secateur.recipe import ValueType
 

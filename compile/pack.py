@@ -21,10 +21,11 @@ from secateur.checkpoint import (
     write_json,
 )
 from secateur.compile.calibrate import FOLDER, Blocks, Quantizer, usual_text
-from secateur.compile.config import BITMASK, SCALES, VALUES, PackedConfig, PackedLayer
-from secateur.compile.packed import encode, open_safely
+from secateur.compile.config import BITMASK, LIMITS, SCALES, VALUES, PackedConfig, PackedLayer
+from secateur.compile.packed import encode
 from secateur.compile.report import LayerReport, PackReport
-from secateur.compile.values import LIMITS, VALUE_TYPES, check_value_type, convert, with_dtype
+from secateur.compile.stored import open_safely
+from secateur.compile.values import VALUE_TYPES, check_value_type, convert, with_dtype
 from secateur.errors import ModelError
 from secateur.model import ARCHITECTURES
 from secateur.pattern import Pattern

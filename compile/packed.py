@@ -14,26 +14,17 @@ docs/format.md is the specification.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from secateur.bits import pack_mask, unpack_mask
+from secateur.bits import pack_mask
 from secateur.checkpoint import CONFIG, Checkpoint
-from secateur.compile.bitmask import (
-    count_kept,
-    expand,
-    pack_nibbles,
-    pack_values,
-    unpack_nibbles,
-)
+from secateur.compile import stored
+from secateur.compile.bitmask import expand, pack_nibbles, pack_values
 from secateur.compile.config import (
     BITMASK,
-    MAKE_AGAIN,
+    LIMITS,
     QUANT_METHOD,
     SCALES,
     VALUES,
@@ -41,36 +32,11 @@ from secateur.compile.config import (
     PackedLayer,
 )
 from secateur.compile.quantize import Quantised, scaled
-from secateur.compile.values import LIMITS, VALUE_TYPES
+from secateur.compile.stored import Pieces, check_headers
+from secateur.compile.values import VALUE_TYPES
 from secateur.errors import ModelError
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
-
-__all__ = ["BITMASK", "QUANT_METHOD", "SCALES", "VALUES", "PackedConfig", "PackedLayer"]
-__all__ += ["PackedModel", "Pieces", "check_headers", "decode", "decode_mask", "encode"]
-__all__ += ["encode_integers", "open_safely", "pieces", "read_packed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """A packed linear as it is stored, validated: what a kernel's own layout is made from.
-
-    Attributes:
-        layer: its pattern and shape.
-        bitmask: uint8 ``[rows / R, ceil(columns / 8)]``; None if the pattern is dense.
-        values: ``[rows, per_row]`` or ``[kept]``: float32, uint16 (the bits of bf16 or fp16) or
-            int8 of -127 to 127; of int4 uint8 ``[ceil(kept / 2)]``, two values of -7 to 7 a byte.
-        scales: float16 ``[rows, ceil(columns / group_size)]``; None if the values are not integer.
-        value_type: which type the values are.
-        group_size: columns that share a scale, or None.
-    """
-
-    layer: PackedLayer
-    bitmask: np.ndarray[Any, Any] | None
-    values: np.ndarray[Any, Any]
-    scales: np.ndarray[Any, Any] | None
-    value_type: ValueType
-    group_size: int | None
 
 
 def encode(
@@ -129,26 +95,8 @@ def decode_mask(name: str, layer: PackedLayer, bitmask: torch.Tensor | None) -> 
     Raises:
         ModelError: names the tensor, if type, shape, padding, counts or pattern are not as said.
     """
-    if bitmask is None:
-        return torch.ones(layer.shape, dtype=torch.bool)
-    tensor = name + BITMASK
-    if tuple(bitmask.shape) != layer.bitmask_shape:
-        raise _inconsistent(tensor, f"shape {tuple(bitmask.shape)}, not {layer.bitmask_shape}")
-    try:
-        mask = unpack_mask(bitmask, layer.shape[1], layer.pattern.rows)
-    except ValueError as fault:
-        raise _inconsistent(tensor, str(fault)) from fault
-    counts = count_kept(mask)
-    if int(counts.sum()) != layer.kept:
-        raise _inconsistent(tensor, f"{int(counts.sum())} bits are set for {layer.kept} values")
-    if layer.per_row is not None and (wrong := counts != layer.per_row).any():
-        row = int(wrong.argmax())
-        raise _inconsistent(tensor, f"row {row} keeps {int(counts[row])}, not {layer.per_row}")
-    try:
-        layer.pattern.check(mask)
-    except ValueError as fault:
-        raise _inconsistent(tensor, str(fault)) from fault
-    return mask
+    bits = None if bitmask is None else bitmask.cpu().numpy()
+    return torch.from_numpy(stored.mask_of(name, layer, bits))
 
 
 def decode(
@@ -172,12 +120,12 @@ def decode(
         ModelError: names the tensor that is not as its entry says.
     """
     if scales is None or group_size is None:
-        _check_shape(name + VALUES, values, layer.values_shape)
+        stored.check_shape(name + VALUES, values.shape, layer.values_shape)
         mask = decode_mask(name, layer, bitmask).to(values.device)
         return expand(values, mask).to(dtype or values.dtype)
-    integers = _integers(name, layer, values)
-    _check_scales(name, layer, scales, group_size)
-    whole = expand(integers, decode_mask(name, layer, bitmask).to(values.device))
+    integers = stored.integers_of(name, layer, values.cpu().numpy())
+    stored.check_scales(name, layer, scales.cpu().numpy(), group_size)
+    whole = expand(torch.from_numpy(integers).to(values.device), decode_mask(name, layer, bitmask).to(values.device))
     return scaled(whole, scales, group_size).to(dtype or torch.float32)
 
 
@@ -197,16 +145,14 @@ def pieces(
     Raises:
         ModelError: as of `decode`.
     """
-    decode_mask(name, layer, bitmask)
-    if scales is not None and group_size is not None:
-        _integers(name, layer, values)
-        _check_scales(name, layer, scales, group_size)
-        kind: ValueType = "int8" if values.dtype == torch.int8 else "int4"
+    kind: ValueType
+    if scales is not None:
+        kind = "int8" if values.dtype == torch.int8 else "int4"
     else:
-        _check_shape(name + VALUES, values, layer.values_shape)
         kind = VALUE_TYPES[values.dtype]
         values = values if kind == "fp32" else values.view(torch.uint16)
-    return Pieces(
+    return stored.pieces(
+        name,
         layer,
         None if bitmask is None else bitmask.numpy(),
         values.numpy(),
@@ -214,90 +160,6 @@ def pieces(
         kind,
         group_size,
     )
-
-
-def _integers(name: str, layer: PackedLayer, values: torch.Tensor) -> torch.Tensor:
-    """The kept values in order, int8 ``[kept]``, checked to lie within their limits."""
-    tensor = name + VALUES
-    if values.dtype == torch.int8:
-        _check_shape(tensor, values, layer.values_shape)
-        integers, limit = values.reshape(-1), LIMITS["int8"]
-    else:
-        _check_shape(tensor, values, (-(-layer.kept // 2),))
-        integers, limit = unpack_nibbles(values, layer.kept), LIMITS["int4"]
-        if layer.kept % 2 and int(values[-1]) >> 4:
-            raise _inconsistent(tensor, f"the unused half of its last byte is {int(values[-1]):#x}")
-    if (low := integers < -limit).any():
-        place = int(low.nonzero()[0])
-        raise _inconsistent(tensor, f"value {place} is {int(integers[place])}, below {-limit}")
-    return integers
-
-
-def _check_scales(name: str, layer: PackedLayer, scales: torch.Tensor, group_size: int) -> None:
-    tensor = name + SCALES
-    _check_shape(tensor, scales, (layer.shape[0], -(-layer.shape[1] // group_size)))
-    if scales.dtype != torch.float16:
-        raise _inconsistent(tensor, f"type {scales.dtype}, not float16")
-    if (wrong := ~scales.isfinite() | scales.signbit()).any():
-        row, group = (int(i) for i in wrong.nonzero()[0])
-        found = float(scales[row, group])
-        raise _inconsistent(
-            tensor, f"the scale of row {row}, group {group} is {found:g}: negative or not finite"
-        )
-
-
-def _check_shape(tensor: str, found: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(found.shape) != shape:
-        raise _inconsistent(tensor, f"shape {tuple(found.shape)}, not {shape}")
-
-
-def _inconsistent(tensor: str, why: str) -> ModelError:
-    return ModelError(f"tensor {tensor!r} is damaged: {why}", MAKE_AGAIN)
-
-
-def check_headers(files: Iterable[Path], config: PackedConfig) -> None:
-    """Check by the headers of its safetensors files that a model stores what its config says.
-
-    Raises:
-        ModelError: names the first packed tensor that is absent, of another type or shape, or
-            there and not called for.
-    """
-    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in files:
-        with open_safely(file) as handle:
-            for tensor in handle.keys():  # noqa: SIM118 (not a mapping)
-                entry = handle.get_slice(tensor)
-                stored[tensor] = entry.get_dtype(), tuple(entry.get_shape())
-    for name in config.layers:
-        expected = config.stored(name)
-        for tensor, (dtype, shape) in expected.items():
-            if tensor not in stored:
-                raise ModelError(f"the packed model has no tensor {tensor!r}", MAKE_AGAIN)
-            if stored[tensor][0] != dtype:
-                raise _inconsistent(tensor, f"type {stored[tensor][0]}, not {dtype}")
-            if stored[tensor][1] != shape:
-                raise _inconsistent(tensor, f"shape {stored[tensor][1]}, not {shape}")
-        for end in (".weight", BITMASK, SCALES):
-            if name + end in stored and name + end not in expected:
-                raise ModelError(
-                    f"the packed model has a tensor {name + end!r}, which {config.values} values "
-                    "of its pattern do not call for",
-                    MAKE_AGAIN,
-                )
-
-
-def open_safely(file: Path) -> Any:
-    """Open a safetensors file with safetensors' own checks.
-
-    Raises:
-        ModelError: the file is absent or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as fault:
-        raise ModelError(f"{file} cannot be read: {fault}", "copy the file again") from fault
 
 
 class PackedModel:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from secateur.compile.config import LIMITS
 from secateur.errors import ModelError, UsageError, did_you_mean
 from secateur.recipe import ValueType
 
@@ -15,8 +16,6 @@ DTYPES: dict[ValueType, torch.dtype] = {
     "fp16": torch.float16,
 }
 VALUE_TYPES = {dtype: name for name, dtype in DTYPES.items()}
-LIMITS: dict[ValueType, int] = {"int8": 127, "int4": 7}
-"""The largest magnitude of an integer value: symmetric, so -128 and -8 never occur."""
 
 
 def check_value_type(values: str | None) -> None:

@@ -29,9 +29,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.compile import torch_ops
-from secateur.compile.config import QUANT_METHOD, PackedConfig
-from secateur.compile.packed import check_headers
-from secateur.compile.values import LIMITS, VALUE_TYPES
+from secateur.compile.config import LIMITS, QUANT_METHOD, PackedConfig
+from secateur.compile.stored import check_headers
+from secateur.compile.values import VALUE_TYPES
 from secateur.errors import ModelError, UsageError
 from secateur.serve.linear import Activations, KernelUse, SparseLinear, kernel_report
 

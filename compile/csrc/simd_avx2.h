@@ -20,12 +20,23 @@ INLINE void store(float *p, F8 x) { _mm256_storeu_ps(p, x); }
 INLINE F8 add(F8 a, F8 b) { return _mm256_add_ps(a, b); }
 INLINE F8 mul(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
 INLINE F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE F8 divide(F8 a, F8 b) { return _mm256_div_ps(a, b); }
+INLINE F8 greatest(F8 a, F8 b) { return _mm256_max_ps(a, b); }
+INLINE F8 least(F8 a, F8 b) { return _mm256_min_ps(a, b); }
 INLINE F8 load_half(const std::uint16_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
 }
 INLINE F8 load_bfloat(const std::uint16_t *p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+INLINE F8 load_int8(const std::int8_t *p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+INLINE void store_half(std::uint16_t *p, F8 x) {
+    const __m128i halves = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), halves);
 }
 INLINE float sum(F8 x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -65,6 +76,7 @@ INLINE B32 pair_base() { return _mm256_set1_epi32(0x04040000); }
 template <int Bits> INLINE B32 shift_right32(B32 x) { return _mm256_srli_epi32(x, Bits); }
 template <int Bits> INLINE B32 shift_left32(B32 x) { return _mm256_slli_epi32(x, Bits); }
 INLINE F8 as_float(B32 x) { return _mm256_castsi256_ps(x); }
+INLINE B32 as_bytes(F8 x) { return _mm256_castps_si256(x); }
 INLINE B32 both(B32 a, B32 b) { return _mm256_and_si256(a, b); }
 INLINE B32 either(B32 a, B32 b) { return _mm256_or_si256(a, b); }
 INLINE B32 equal32(B32 a, int b) { return _mm256_cmpeq_epi32(a, _mm256_set1_epi32(b)); }

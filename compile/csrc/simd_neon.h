@@ -40,6 +40,9 @@ INLINE F8 mul(F8 a, F8 b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b
 INLINE F8 fma(F8 a, F8 b, F8 c) {
     return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
 }
+INLINE F8 divide(F8 a, F8 b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+INLINE F8 greatest(F8 a, F8 b) { return {vmaxq_f32(a.low, b.low), vmaxq_f32(a.high, b.high)}; }
+INLINE F8 least(F8 a, F8 b) { return {vminq_f32(a.low, b.low), vminq_f32(a.high, b.high)}; }
 INLINE F8 halves(uint16x8_t bits) {
     const float16x8_t x = vreinterpretq_f16_u16(bits);
     return {vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x)};
@@ -49,6 +52,14 @@ INLINE F8 load_bfloat(const std::uint16_t *p) {
     const uint16x8_t bits = vld1q_u16(p);
     return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(bits), 16)),
             vreinterpretq_f32_u32(vshll_high_n_u16(bits, 16))};
+}
+INLINE F8 load_int8(const std::int8_t *p) {
+    const int16x8_t wide = vmovl_s8(vld1_s8(p));
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
+}
+INLINE void store_half(std::uint16_t *p, F8 x) {
+    const float16x8_t both = vcvt_high_f16_f32(vcvt_f16_f32(x.low), x.high);
+    vst1q_u16(p, vreinterpretq_u16_f16(both));
 }
 INLINE float sum(F8 x) {
     const float32x4_t four = vaddq_f32(x.low, x.high);
@@ -107,6 +118,7 @@ template <int Bits> INLINE B32 shift_left32(B32 x) {
 INLINE F8 as_float(B32 x) {
     return {vreinterpretq_f32_u8(x.low), vreinterpretq_f32_u8(x.high)};
 }
+INLINE B32 as_bytes(F8 x) { return {vreinterpretq_u8_f32(x.low), vreinterpretq_u8_f32(x.high)}; }
 INLINE B32 both(B32 a, B32 b) { return {vandq_u8(a.low, b.low), vandq_u8(a.high, b.high)}; }
 INLINE B32 either(B32 a, B32 b) { return {vorrq_u8(a.low, b.low), vorrq_u8(a.high, b.high)}; }
 INLINE B32 but_not(B32 a, B32 b) { return {vbicq_u8(a.low, b.low), vbicq_u8(a.high, b.high)}; }

@@ -61,11 +61,38 @@ INLINE F8 mul(F8 a, F8 b) { return each_float([&](int i) { return a.v[i] * b.v[i
 INLINE F8 fma(F8 a, F8 b, F8 c) {
     return each_float([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+INLINE F8 divide(F8 a, F8 b) { return each_float([&](int i) { return a.v[i] / b.v[i]; }); }
+// The larger and the smaller one; NaN if b is.
+INLINE F8 greatest(F8 a, F8 b) {
+    return each_float([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+INLINE F8 least(F8 a, F8 b) {
+    return each_float([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
 INLINE F8 load_half(const std::uint16_t *p) {
     return each_float([&](int i) { return float_of_half(p[i]); });
 }
 INLINE F8 load_bfloat(const std::uint16_t *p) {
     return each_float([&](int i) { return float_of_bits(std::uint32_t(p[i]) << 16); });
+}
+INLINE F8 load_int8(const std::int8_t *p) {
+    return each_float([&](int i) { return float(p[i]); });
+}
+// The nearest halves; ties to even.
+INLINE std::uint16_t half_of_float(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const std::uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return std::uint16_t(sign | 0x7e00);
+    if (bits >= 0x477ff000) return std::uint16_t(sign | 0x7c00);
+    if (bits >= 0x38800000) return std::uint16_t(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+    const float magnitude = float_of_bits(bits) + 0.5f;  // subnormal: the addition rounds
+    std::memcpy(&bits, &magnitude, 4);
+    return std::uint16_t(sign | (bits - 0x3f000000));
+}
+INLINE void store_half(std::uint16_t *p, F8 x) {
+    for (int i = 0; i < 8; ++i) p[i] = half_of_float(x.v[i]);
 }
 INLINE float sum(F8 x) {
     return ((x.v[0] + x.v[4]) + (x.v[2] + x.v[6])) + ((x.v[1] + x.v[5]) + (x.v[3] + x.v[7]));
@@ -119,9 +146,14 @@ template <int Bits> INLINE B32 shift_left32(B32 x) {
     const auto lanes = as<std::uint32_t>(x);
     return each<std::uint32_t>([&](int i) { return lanes.v[i] << Bits; });
 }
-// The same bits as floats.
+// The same bits as floats, and back.
 INLINE F8 as_float(B32 x) {
     F8 y;
+    std::memcpy(y.v, x.v, 32);
+    return y;
+}
+INLINE B32 as_bytes(F8 x) {
+    B32 y;
     std::memcpy(y.v, x.v, 32);
     return y;
 }

@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    import numpy as np
     import torch
 
 
@@ -36,16 +39,23 @@ def unpack_mask(bits: torch.Tensor, columns: int, height: int = 1) -> torch.Tens
     Raises:
         ValueError: the bits have another type or shape, or a bit past the last column is set.
     """
-    import numpy as np
     import torch
 
-    if bits.dtype != torch.uint8 or bits.ndim != 2:
+    return torch.from_numpy(unpack_bits(bits.cpu().numpy(), columns, height))
+
+
+def unpack_bits(
+    bits: np.ndarray[Any, Any], columns: int, height: int = 1
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """`unpack_mask` without torch."""
+    import numpy as np
+
+    if bits.dtype != np.uint8 or bits.ndim != 2:
         raise ValueError(f"bits are a uint8 matrix, not {bits.dtype} of {bits.ndim} axes")
     if bits.shape[1] != (columns + 7) // 8:
         raise ValueError(f"{columns} columns take {(columns + 7) // 8} bytes, not {bits.shape[1]}")
     if columns % 8 and (stray := bits[:, -1] >> (columns % 8) != 0).any():
-        row = int(stray.nonzero()[0])
+        row = int(stray.argmax())
         raise ValueError(f"row {row} has bits set past the last column ({columns - 1})")
-    flags = np.unpackbits(bits.cpu().numpy(), axis=1, count=columns, bitorder="little")
-    mask = torch.from_numpy(flags).view(torch.bool)
-    return mask.repeat_interleave(height, dim=0) if height > 1 else mask
+    mask = np.unpackbits(bits, axis=1, count=columns, bitorder="little").view(np.bool_)
+    return np.repeat(mask, height, axis=0) if height > 1 else mask

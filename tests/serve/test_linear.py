@@ -12,9 +12,10 @@ import torch
 from torch.nn.functional import linear
 
 from secateur.compile import cpu, torch_ops
-from secateur.compile.packed import BITMASK, SCALES, VALUES, encode, encode_integers
+from secateur.compile.config import BITMASK, LIMITS, SCALES, VALUES
+from secateur.compile.packed import encode, encode_integers
 from secateur.compile.quantize import rtn
-from secateur.compile.values import DTYPES, LIMITS
+from secateur.compile.values import DTYPES
 from secateur.errors import ModelError, UsageError
 from secateur.pattern import Pattern
 from secateur.serve.linear import SparseLinear, kernel_report

@@ -65,7 +65,7 @@ def compile_(
 ) -> None:
     """Store a pruned model in a smaller form: a bitmask and the weights that are left."""
     from secateur.compile import FORMATS
-    from secateur.compile.values import LIMITS
+    from secateur.compile.config import LIMITS
 
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_!r} is not known", did_you_mean(format_, FORMATS))

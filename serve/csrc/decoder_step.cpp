@@ -1,0 +1,119 @@
+// One step: embedding, blocks, head. Attention itself is in decoder_attention.cpp.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "decoder_parts.h"
+
+const float *Decoder::step(const Batch &batch) {
+    const std::lock_guard<std::mutex> hold(busy_);
+    check(batch);
+    const Index n = batch.count;
+    const Dimensions &d = shape_;
+    const Index per_token = (d.heads + 2 * d.kv_heads) * d.head_dim;
+    grow(x_, n * d.hidden);
+    grow(normed_, n * d.hidden);
+    grow(added_, n * d.hidden);
+    grow(qkv_, n * per_token);
+    grow(mixed_, n * d.heads * d.head_dim);
+    grow(gates_, n * 2 * d.intermediate);
+    grow(gated_, n * d.intermediate);
+    place(batch);
+    embed(batch);
+    for (Index i = 0; i < d.layers; ++i) {
+        const Layer &layer = layers_[std::size_t(i)];
+        attention(batch, i);
+        multiply_all(layer.output, mixed_.data(), d.heads * d.head_dim, n, added_.data());
+        join(layer.after_attention, &layer.mlp_norm, n);
+        mlp(layer, n);
+        join(layer.after_mlp, i + 1 < d.layers ? &layers_[std::size_t(i) + 1].attention_norm : nullptr, n);
+    }
+    return logits(batch);
+}
+
+// Rows of the embedding, and what the first block reads.
+void Decoder::embed(const Batch &batch) {
+    const DecoderKernels &k = decoder_kernels();
+    const Index width = shape_.hidden, bytes = width * bits_of(embedding_.type) / 8;
+    each_token(batch.count, width, [&](Index t) {
+        float *x = x_.data() + t * width;
+        const std::uint8_t *row = embedding_.data + batch.tokens[t] * bytes;
+        const auto *halves = reinterpret_cast<const std::uint16_t *>(row);
+        if (embedding_.type == Type::fp32) std::memcpy(x, row, std::size_t(bytes));
+        else if (embedding_.type == Type::fp16) k.widen_half(halves, width, x);
+        else k.widen_bfloat(halves, width, x);
+        if (shape_.embedding_scale != 1)
+            for (Index i = 0; i < width; ++i) x[i] *= shape_.embedding_scale;
+        k.norm(x, layers_[0].attention_norm.data(), shape_.epsilon, width, normed_.data() + t * width);
+    });
+}
+
+// Where each token stands, and its sines and cosines.
+void Decoder::place(const Batch &batch) {
+    sequence_of_.resize(std::size_t(batch.count));
+    position_of_.resize(std::size_t(batch.count));
+    for (Index s = 0; s < batch.sequences; ++s)
+        for (Index t = batch.starts[s]; t < batch.starts[s + 1]; ++t) {
+            sequence_of_[std::size_t(t)] = s;
+            position_of_[std::size_t(t)] = batch.positions[s] + t - batch.starts[s];
+        }
+    for (std::size_t r = 0; r < ropes_.size(); ++r) {
+        const Rope &rope = ropes_[r];
+        const Index half = Index(rope.frequencies.size());
+        grow(cosines_[r], batch.count * half);
+        grow(sines_[r], batch.count * half);
+        each_token(batch.count, 32 * half, [&](Index t) {
+            for (Index i = 0; i < half; ++i) {
+                const float angle = float(position_of_[std::size_t(t)]) * rope.frequencies[std::size_t(i)];
+                cosines_[r][std::size_t(t * half + i)] = std::cos(angle) * rope.factor;
+                sines_[r][std::size_t(t * half + i)] = std::sin(angle) * rope.factor;
+            }
+        });
+    }
+    plan(batch);
+}
+
+// x += what a part of a block added; and the norm of it, for the next part.
+void Decoder::join(const Floats &after, const Floats *next, Index count) {
+    const DecoderKernels &k = decoder_kernels();
+    const Index width = shape_.hidden;
+    each_token(count, 2 * width, [&](Index t) {
+        float *x = x_.data() + t * width, *added = added_.data() + t * width;
+        if (!after.empty()) k.norm(added, after.data(), shape_.epsilon, width, added);
+        k.add(added, width, x);
+        if (next) k.norm(x, next->data(), shape_.epsilon, width, normed_.data() + t * width);
+    });
+}
+
+void Decoder::mlp(const Layer &layer, Index count) {
+    constexpr Index kPiece = 2048;
+    const DecoderKernels &k = decoder_kernels();
+    const Index width = shape_.intermediate, pieces = (width + kPiece - 1) / kPiece;
+    const bool fused = layer.gate_up.size() == 1;
+    multiply_all(layer.gate_up, normed_.data(), shape_.hidden, count, gates_.data());
+    const Index stride = fused ? 2 * width : width;
+    const float *ups = gates_.data() + (fused ? width : count * width);
+    over_panels(count * pieces, std::max<Index>(1, 4 * kPiece / width), [&](Index from, Index to) {
+        for (Index i = from; i < to; ++i) {
+            const Index t = i / pieces, first = i % pieces * kPiece, here = std::min(kPiece, width - first);
+            k.gate(shape_.activation, gates_.data() + t * stride + first, ups + t * stride + first, here,
+                   gated_.data() + t * width + first);
+        }
+    });
+    multiply_all(layer.down, gated_.data(), width, count, added_.data());
+}
+
+const float *Decoder::logits(const Batch &batch) {
+    const DecoderKernels &k = decoder_kernels();
+    const Index width = shape_.hidden, count = batch.wanted_count, vocabulary = shape_.vocabulary;
+    grow(logits_, count * vocabulary);
+    each_token(count, width, [&](Index w) {
+        k.norm(x_.data() + batch.wanted[w] * width, norm_.data(), shape_.epsilon, width,
+               normed_.data() + w * width);
+    });
+    multiply_all(head_, normed_.data(), width, count, logits_.data());
+    if (shape_.logit_cap > 0)
+        each_token(count, vocabulary, [&](Index w) { k.cap(shape_.logit_cap, vocabulary, logits_.data() + w * vocabulary); });
+    return logits_.data();
+}

@@ -1,0 +1,73 @@
+"""The native sampler: a whole batch in one call, as `secateur.serve.sampling` does it row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from secateur.compile import _kernels
+from secateur.serve.sampling import SamplingParameters, TokenLogprobs
+
+Sampler = _kernels.Sampler
+REFUSED = -1
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def make_sampler(parameters: SamplingParameters, prompt: Sequence[int]) -> Sampler:
+    """How one sequence chooses its tokens; it remembers what it chose, for the penalties.
+
+    Args:
+        parameters: all but the seed are read.
+        prompt: token ids below the vocabulary's size, as those of the bias.
+    """
+    return Sampler(
+        temperature=parameters.temperature,
+        top_p=parameters.top_p,
+        top_k=parameters.top_k,
+        min_p=parameters.min_p,
+        repetition_penalty=parameters.repetition_penalty,
+        presence_penalty=parameters.presence_penalty,
+        frequency_penalty=parameters.frequency_penalty,
+        logit_bias=parameters.logit_bias,
+        prompt=prompt if parameters.repetition_penalty != 1.0 else (),
+    )
+
+
+def sample(
+    samplers: Sequence[Sampler], logits: Floats, rows: Sequence[int], uniforms: Sequence[float]
+) -> list[int]:
+    """Choose a token for each of some rows.
+
+    Args:
+        samplers: one for each row.
+        logits: float32 ``[n, vocabulary]``.
+        rows: which of the n rows.
+        uniforms: a number in [0, 1) for each row; a greedy choice does not read it.
+
+    Returns:
+        Token ids; `REFUSED` where the logits hold NaN or nothing finite: the model is broken.
+    """
+    return _kernels.sample(
+        samplers, logits, np.array(rows, dtype=np.int32), np.array(uniforms, dtype=np.float64)
+    )
+
+
+def logprobs(
+    logits: Floats, rows: Sequence[int], tokens: Sequence[int], counts: Sequence[int]
+) -> list[TokenLogprobs]:
+    """The log-probabilities of one token of each row and of the ``counts`` most likely ones.
+
+    Args:
+        logits: float32 ``[n, vocabulary]``, as the model gave them.
+        rows: which of the n rows.
+        tokens: the token of each row.
+        counts: number of alternatives for each row; 0 for none.
+    """
+    scored = _kernels.logprobs(logits, *(np.array(one, np.int32) for one in (rows, tokens, counts)))
+    return [
+        TokenLogprobs(token, logprob, tuple(top))
+        for token, (logprob, top) in zip(tokens, scored, strict=True)
+    ]
