@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from secateur.sizes import parse_size
 from secateur.errors import ModelError, UsageError
 from secateur.model import Linear, StreamedModel
 from secateur.pattern import Pattern
@@ -16,6 +15,7 @@ from secateur.prune.memory import MemoryPlan, plan_memory
 from secateur.prune.method import Method
 from secateur.prune.methods import find_method
 from secateur.recipe import Calibration, Prune
+from secateur.sizes import parse_size
 
 
 class LayerPlan(BaseModel):

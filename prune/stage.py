@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from secateur.sizes import parse_size
 from secateur.artifact import Artifact, LayerFacts, Manifest, library_versions, refuse_existing
 from secateur.calibration import calibration_inputs
 from secateur.checkpoint import Checkpoint, save_tensors
@@ -18,6 +17,7 @@ from secateur.prune.memory import LIBRARIES, resident
 from secateur.prune.plan import Plan, allocated, plan_model, steps_of
 from secateur.prune.work import Work
 from secateur.recipe import Calibration, Prune
+from secateur.sizes import parse_size
 from secateur.source import resolve_model
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 def page_and_headers() -> tuple[str, dict[str, str]]:
-    """The page at ``/``, and headers that let it run its own script and reach its own server only."""
+    """The page at ``/``, and headers that bind it to its own script and its own server."""
     page = files("secateur.serve").joinpath("page.html").read_text(encoding="utf-8")
     rules = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"]
     rules += ["form-action 'none'", "frame-ancestors 'none'"]

@@ -1,4 +1,4 @@
-"""``/openapi.json``: the paths, the fields that are understood, and every status they answer with."""
+"""``/openapi.json``: the paths, the fields that are understood, and the statuses of answers."""
 
 from __future__ import annotations
 

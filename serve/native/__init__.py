@@ -74,6 +74,7 @@ def load_native(
         ModelError: the directory is not a usable model, or not one that this engine runs.
     """
     from secateur.serve.native.engine import NativeEngine
+
     from secateur.serve.native.model import NativeModel
     from secateur.serve.text import TextCodec
     from secateur.serve.tokenizer import JsonTokenizer
