@@ -116,7 +116,7 @@ class Server:
 
 def start_server(directory: Path, *options: str, **environment: str) -> Server:
     process = subprocess.Popen(
-        [*COMMAND, str(directory), "--port", "0", "--threads", "1", *options],
+        [*COMMAND, str(directory), "--engine", "transformers", "--port", "0", "--threads", "1", *options],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
