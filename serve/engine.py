@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -132,10 +133,20 @@ class Generation(AsyncIterator[Event]):
 
     def deliver(self, item: Event | GenerationFault) -> None:
         """Hand an event over to the reader."""
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-        except RuntimeError:  # the reader's loop is closed
-            self.cancelled = True
+        self.deliver_all([(self, item)])
+
+    @staticmethod
+    def deliver_all(items: Iterable[tuple[Generation, Event | GenerationFault]]) -> None:
+        """Hand over the events of one step: each reader's loop is woken once."""
+        by_loop = defaultdict(list)
+        for generation, item in items:
+            by_loop[generation._loop].append((generation, item))
+        for loop, its_items in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, its_items)
+            except RuntimeError:  # the readers' loop is closed
+                for generation, _ in its_items:
+                    generation.cancelled = True
 
     def cancel(self) -> None:
         """Tell the engine to drop the request."""
@@ -150,6 +161,11 @@ class Generation(AsyncIterator[Event]):
             raise item
         self._ended = item.finish_reason is not None
         return item
+
+
+def _put_all(items: Iterable[tuple[Generation, Event | GenerationFault]]) -> None:
+    for generation, item in items:
+        generation._queue.put_nowait(item)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,15 +29,15 @@ from secateur.serve.engine import (
     EngineStats,
     EngineUnavailable,
     Event,
-    FinishReason,
     Generation,
     GenerationFault,
     GenerationRequest,
     check_request,
 )
 from secateur.serve.linear import kernel_report
+from secateur.serve.output import Output
 from secateur.serve.sampling import Floats, TokenLogprobs
-from secateur.serve.text import StopStrings, TextCodec, TokenStream
+from secateur.serve.text import TextCodec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,62 +75,33 @@ def load_transformers(
 class _Sequence:
     """A request being computed."""
 
-    def __init__(self, generation: Generation, codec: TextCodec, eos: frozenset[int], limit: int):
-        request = generation.request
+    def __init__(self, generation: Generation, output: Output):
         self.generation = generation
-        self.request: GenerationRequest = request
+        self.request: GenerationRequest = generation.request
+        self.output = output
         self.cache: Any = None
         self.read = 0  # prompt tokens in the cache
-        self.output: list[int] = []
-        self.room = limit - len(request.prompt)
-        if request.max_tokens is not None:
-            self.room = min(self.room, request.max_tokens)
-        self.ends = request.stop_token_ids | (frozenset() if request.ignore_eos else eos)
-        self.stream = TokenStream(codec)
-        self.stops = StopStrings(request.stop)
-        self.random = np.random.default_rng(request.sampling.seed)
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
-        if request.prompt_logprobs is not None:
-            self.prompt_logprobs = [None]
+        self.random = np.random.default_rng(self.request.sampling.seed)
 
     def next_inputs(self) -> tuple[int, ...]:
         """The tokens that the model has to read in this turn."""
         if self.read < len(self.request.prompt):
             return self.request.prompt[self.read : self.read + PREFILL_CHUNK]
-        return (self.output[-1],)
+        return (self.output.tokens[-1],)
 
     def step(self, logits: Floats) -> Event:
         """Choose a token from the logits (vocabulary,) and say what follows from it."""
-        request = self.request
-        first = None if self.output or not self.prompt_logprobs else tuple(self.prompt_logprobs)
-        if self.room == 0:
-            return Event(None, finish_reason="length", prompt_logprobs=first)
-        constraint = request.constraint
-        allowed = None if constraint is None else constraint.mask()
+        if self.output.room == 0:
+            return self.output.nothing()
+        request, before = self.request, self.output.tokens
+        allowed = self.output.allowed()
         token = sampling.sample(
-            logits, request.sampling, request.prompt, self.output, self.random, allowed
+            logits, request.sampling, request.prompt, before, self.random, allowed
         )
-        self.output.append(token)
-        finish: FinishReason | None = None
-        if token in self.ends:
-            text, finish = self.stream.end(), "stop"
-        else:
-            text = self.stream.feed(token)
-            if constraint is not None:
-                constraint.accept(token)
-            if constraint is not None and constraint.ended:
-                finish = "stop"
-            elif len(self.output) == self.room:
-                text, finish = text + self.stream.end(), "length"
-        text, stopped = self.stops.feed(text)
-        if stopped:
-            finish = "stop"
-        elif finish:
-            text += self.stops.end()
         details = None
         if request.logprobs is not None:
             details = sampling.logprobs(logits, token, request.logprobs)
-        return Event(token, text, details, finish, first)
+        return self.output.add(token, details)
 
 
 class TransformersEngine(Engine):
@@ -246,9 +217,9 @@ class TransformersEngine(Engine):
             while self._waiting and len(self._running) < self._max_running:
                 generation = self._waiting.popleft()
                 if not generation.cancelled:
-                    self._running.append(
-                        _Sequence(generation, self.codec, self.end_tokens, self.max_length)
-                    )
+                    request = generation.request
+                    output = Output(request, self.codec, self.end_tokens, self.max_length)
+                    self._running.append(_Sequence(generation, output))
         return True
 
     def _fail_all(self) -> None:
@@ -288,7 +259,7 @@ class TransformersEngine(Engine):
         inputs = sequence.next_inputs()
         prompt = sequence.request.prompt
         prefill = sequence.read < len(prompt)
-        score = prefill and sequence.prompt_logprobs is not None
+        score = prefill and sequence.output.prompt_logprobs is not None
         options = {} if score or not self._short_logits else {"logits_to_keep": 1}
         answer = self._model(
             input_ids=torch.tensor([inputs], device=self._model.device),
@@ -308,7 +279,7 @@ class TransformersEngine(Engine):
 
     def _score_prompt(self, sequence: _Sequence, logits: torch.Tensor) -> None:
         """Note the log-probabilities of the prompt tokens that follow the ones just read."""
-        prompt, scored = sequence.request.prompt, sequence.prompt_logprobs
+        prompt, scored = sequence.request.prompt, sequence.output.prompt_logprobs
         following = prompt[sequence.read + 1 : sequence.read + 1 + len(logits)]
         table = torch.log_softmax(logits[: len(following)], dim=-1)
         count = min(sequence.request.prompt_logprobs or 0, table.shape[-1])

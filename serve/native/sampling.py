@@ -1,4 +1,4 @@
-"""The native sampler: a whole batch in one call, as `secateur.serve.sampling` does it row by row."""
+"""The native sampler: for a whole batch what `secateur.serve.sampling` does for one row."""
 
 from __future__ import annotations
 
@@ -55,19 +55,17 @@ def sample(
     )
 
 
-def logprobs(
-    logits: Floats, rows: Sequence[int], tokens: Sequence[int], counts: Sequence[int]
-) -> list[TokenLogprobs]:
-    """The log-probabilities of one token of each row and of the ``counts`` most likely ones.
+def logprobs(logits: Floats, asked: Sequence[tuple[int, int, int]]) -> list[TokenLogprobs]:
+    """The log-probabilities of some tokens and of the most likely ones beside them.
 
     Args:
         logits: float32 ``[n, vocabulary]``, as the model gave them.
-        rows: which of the n rows.
-        tokens: the token of each row.
-        counts: number of alternatives for each row; 0 for none.
+        asked: (row, token, number of alternatives) each; NaN is answered where the row has one.
     """
-    scored = _kernels.logprobs(logits, *(np.array(one, np.int32) for one in (rows, tokens, counts)))
+    if not asked:
+        return []
+    scored = _kernels.logprobs(logits, *np.array(asked, dtype=np.int32).T.copy())
     return [
         TokenLogprobs(token, logprob, tuple(top))
-        for token, (logprob, top) in zip(tokens, scored, strict=True)
+        for (_, token, _), (logprob, top) in zip(asked, scored, strict=True)
     ]

@@ -1,0 +1,235 @@
+"""The native engine: one worker that owns the model and computes for all requests at once.
+
+Each step is one call of the model for a batch that the scheduler chose, and one call of the
+sampler. A request has its random numbers, its penalties and its text for itself, so what it
+generates does not depend on what else is in the batch, nor on being sent back to wait.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+
+from secateur.serve.engine import (
+    Engine,
+    EngineBusy,
+    EngineStats,
+    EngineUnavailable,
+    Event,
+    Generation,
+    GenerationFault,
+    GenerationRequest,
+    check_request,
+)
+from secateur.serve.native import sampling
+from secateur.serve.native.batch import Questions, Run, answer, make_batch, make_questions
+from secateur.serve.native.pages import PagePool
+from secateur.serve.native.scheduler import Plan, Scheduler
+from secateur.serve.native.step import Floats, StepModel
+from secateur.serve.output import Output
+from secateur.serve.text import TextCodec
+
+LONGEST_RETRY = 60.0  # seconds
+
+NOT_NUMBERS = "the logits are not numbers (NaN or infinite), or the schema allows no token"
+
+Outcomes = dict[Run, Event | GenerationFault]
+
+
+class NativeEngine(Engine):
+    """See the module.
+
+    Args:
+        model: from now on only the worker touches it, and closes it at the end.
+        codec: its tokenizer.
+        model_name: the name to serve it under.
+        threads: CPU threads of the model, for the description.
+        max_running: requests computed at once; more wait.
+        max_waiting: requests that wait; more are refused as `EngineBusy`.
+        token_budget: prompt tokens of a step, besides one token of each running request.
+        deadline: seconds that a request may take, waiting included; None: any.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        model: StepModel,
+        codec: TextCodec,
+        *,
+        model_name: str,
+        threads: int,
+        max_running: int = 64,
+        max_waiting: int = 256,
+        token_budget: int = 256,
+        deadline: float | None = None,
+    ) -> None:
+        self.model_name = model_name
+        self.codec = codec
+        self.vocabulary_size = model.vocabulary_size
+        self.max_length = min(model.max_length, model.pages * model.page_tokens)
+        ends = model.eos_token_ids or frozenset({codec.eos_token_id})
+        self.end_tokens = frozenset(token for token in ends if token is not None)
+        self.description = (
+            f"{model.description}, {threads} threads, maximum length {self.max_length}"
+        )
+        self._model = model
+        self._pool = PagePool(model.pages, model.page_tokens)
+        self._scheduler: Scheduler[Run] = Scheduler(
+            self._pool, max_running=max_running, prompt_budget=token_budget, deadline=deadline
+        )
+        self._max_waiting = max_waiting
+        self._ended: deque[float] = deque(maxlen=32)  # when requests ended lately
+        self._changed = threading.Condition()  # guards the scheduler
+        self._refusing: str | None = None
+        self._end = float("inf")
+        self._worker = threading.Thread(target=self._work, name="secateur-engine", daemon=True)
+        self._worker.start()
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Queue a request; see `Engine.submit`."""
+        check_request(request, self)
+        generation = Generation(request)
+        output = Output(request, self.codec, self.end_tokens, self.max_length)
+        run = Run(generation, output)
+        with self._changed:
+            if self._refusing is not None:
+                raise EngineUnavailable(self._refusing)
+            if self._scheduler.waiting >= self._max_waiting:
+                raise EngineBusy(
+                    f"{self._scheduler.waiting} requests wait already", self._retry_after()
+                )
+            self._scheduler.add(run)
+            self._changed.notify()
+        return generation
+
+    def stats(self) -> EngineStats:
+        """How busy the engine is now."""
+        with self._changed:
+            scheduler = self._scheduler
+            return EngineStats(
+                running=len(scheduler.running),
+                waiting=scheduler.waiting,
+                pages=self._pool.pages,
+                pages_used=self._pool.used,
+                prefix_queries=scheduler.prefix_queries,
+                prefix_hits=scheduler.prefix_hits,
+                preemptions=scheduler.preemptions,
+            )
+
+    def unavailable(self) -> str | None:
+        """Why the engine takes no requests, or None."""
+        return self._refusing
+
+    def drain(self, seconds: float) -> None:
+        """Take no more requests; see `Engine.drain`."""
+        # No lock: this is called by signal handlers, which may interrupt a thread that holds it.
+        self._refusing = self._refusing or "the server is shutting down"
+        self._end = min(self._end, time.monotonic() + seconds)
+
+    def close(self) -> None:
+        """Abort everything, end the worker and free the model."""
+        self.drain(0.0)
+        with self._changed:
+            self._changed.notify()
+        self._worker.join()
+
+    def _retry_after(self) -> float:
+        """Seconds until those who wait now should have their turn, from the latest throughput."""
+        if len(self._ended) < 2:
+            return 1.0
+        seconds = (time.monotonic() - self._ended[0]) / len(self._ended)
+        return min(max(1.0, seconds * self._scheduler.waiting), LONGEST_RETRY)
+
+    def _work(self) -> None:
+        try:
+            while (plan := self._next_plan()) is not None:
+                self._step(plan)
+        except BaseException as fault:
+            self._refusing = f"the engine's worker died: {type(fault).__name__}: {fault}"
+            print(f"serve: {self._refusing}", file=sys.stderr)
+            self._clear(GenerationFault(self._refusing))
+        finally:
+            self._model.close()
+
+    def _next_plan(self) -> Plan[Run] | None:
+        """Wait for something to do; None when the engine is to end."""
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                if now >= self._end:
+                    self._clear(Event(None, finish_reason="abort"))
+                    return None
+                limit = f"the request took longer than {self._scheduler.deadline:g} s, the limit"
+                late = self._scheduler.sweep(now)
+                Generation.deliver_all([(run.generation, GenerationFault(limit)) for run in late])
+                if plan := self._scheduler.plan():
+                    return plan
+                self._changed.wait()
+
+    def _clear(self, last: Event | GenerationFault) -> None:
+        """End all requests with the same event."""
+        with self._changed:
+            Generation.deliver_all([(run.generation, last) for run in self._scheduler.clear()])
+
+    def _step(self, plan: Plan[Run]) -> None:
+        """Compute a plan; what fails in it, fails alone."""
+        for run, _ in plan:
+            if run.generation.started is None:
+                run.generation.started = time.monotonic()
+        questions = make_questions(plan)
+        try:
+            logits = self._model.step(make_batch(plan, questions.wanted))
+        except Exception as fault:
+            if len(plan) > 1:
+                for item in plan:
+                    self._step([item])
+            else:
+                self._finish_step([], {plan[0][0]: _failed(fault)})
+            return
+        self._finish_step(plan, self._outcomes(plan, questions, logits))
+
+    def _outcomes(self, plan: Plan[Run], questions: Questions, logits: Floats) -> Outcomes:
+        """What each request gets out of a step that was computed, if anything."""
+        choices, scores = answer(questions, logits)
+        outcomes: Outcomes = {}
+        for (run, _, _), score in zip(questions.scores, scores, strict=True):
+            assert run.output.prompt_logprobs is not None
+            run.output.prompt_logprobs.append(score)
+            if math.isnan(score.logprob):
+                outcomes[run] = _failed(ValueError(NOT_NUMBERS))
+        for run, count in plan:
+            if run.remaining == count and not run.output.room:
+                outcomes.setdefault(run, run.output.nothing())
+        for (run, _), (token, details) in zip(questions.choices, choices, strict=True):
+            if token == sampling.REFUSED:
+                outcomes[run] = _failed(ValueError(NOT_NUMBERS))
+            elif run not in outcomes:
+                run.tokens.append(token)
+                try:
+                    outcomes[run] = run.output.add(token, details)
+                except ValueError as fault:  # of the grammar that the text has to follow
+                    outcomes[run] = _failed(fault)
+        return outcomes
+
+    def _finish_step(self, plan: Plan[Run], outcomes: Outcomes) -> None:
+        """Write down what was computed, and hand it over."""
+        with self._changed:
+            for run, count in plan:
+                self._scheduler.advance(run, count)
+            for run, outcome in outcomes.items():
+                if isinstance(outcome, GenerationFault) or outcome.finish_reason is not None:
+                    self._scheduler.finish(run)
+                    self._ended.append(time.monotonic())
+        # Only now: who reads it may look at stats().
+        Generation.deliver_all([(run.generation, outcome) for run, outcome in outcomes.items()])
+
+
+def _failed(fault: Exception) -> GenerationFault:
+    print("serve: a request failed:", file=sys.stderr)
+    traceback.print_exception(fault)
+    return GenerationFault(f"{type(fault).__name__}: {fault}")
