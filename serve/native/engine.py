@@ -72,8 +72,9 @@ class NativeEngine(Engine):
         self.codec = codec
         self.vocabulary_size = model.vocabulary_size
         self.max_length = min(model.max_length, model.pages * model.page_tokens)
-        ends = model.eos_token_ids or frozenset({codec.eos_token_id})
-        self.end_tokens = frozenset(token for token in ends if token is not None)
+        self.end_tokens = model.eos_token_ids
+        if not self.end_tokens and codec.eos_token_id is not None:
+            self.end_tokens = frozenset({codec.eos_token_id})
         self.description = (
             f"{model.description}, {threads} threads, maximum length {self.max_length}"
         )

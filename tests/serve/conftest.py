@@ -116,7 +116,7 @@ class Server:
 
 def start_server(directory: Path, *options: str, **environment: str) -> Server:
     process = subprocess.Popen(
-        [*COMMAND, str(directory), "--engine", "transformers", "--port", "0", "--threads", "1", *options],
+        [*COMMAND, str(directory), "--port", "0", "--threads", "1", *options],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
@@ -128,9 +128,13 @@ def start_server(directory: Path, *options: str, **environment: str) -> Server:
     return Server(process, found[1], ready)
 
 
-@pytest.fixture(scope="session")
-def server(tiny: Path) -> Iterator[Server]:
-    running = start_server(tiny)
+ENGINES = {"native": ("--engine", "native", "--kv-cache-type", "fp32")}
+ENGINES["transformers"] = ("--engine", "transformers")
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def server(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Server]:
+    running = start_server(tiny, *ENGINES[request.param])
     yield running
     assert running.stop(signal.SIGINT) == 0
 
