@@ -110,6 +110,7 @@ nb::object step(nb::handle self, const Ints &tokens, const Ints &starts, const I
 void bind_decoder(nb::module_ &m) {
     using namespace nb::literals;
     nb::class_<Held>(m, "Decoder", "A decoder-only transformer with a paged KV cache.")
+        .def_prop_ro("max_length", [](const Held &h) { return h.decoder.shape().max_length; })
         .def_prop_ro("cache_bytes", [](const Held &h) { return h.decoder.cache_bytes(); })
         .def("add_layer", &add_layer, nb::kw_only(), "qkv"_a, "output"_a, "gate_up"_a, "down"_a,
              "attention_norm"_a, "after_attention"_a.none(), "mlp_norm"_a, "after_mlp"_a.none(),

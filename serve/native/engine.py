@@ -186,11 +186,12 @@ class NativeEngine(Engine):
         try:
             logits = self._model.step(make_batch(plan, questions.wanted))
         except Exception as fault:
-            if len(plan) > 1:
-                for item in plan:
-                    self._step([item])
-            else:
-                self._finish_step([], {plan[0][0]: _failed(fault)})
+            if len(plan) == 1:
+                return self._finish_step([], {plan[0][0]: _failed(fault)})
+            logits = None
+        if logits is None:  # whoever it was: each once more, alone
+            for item in plan:
+                self._step([item])
             return
         self._finish_step(plan, self._outcomes(plan, questions, logits))
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from secateur.compile import cpu
-from secateur.errors import ModelError, UsageError
+from secateur.errors import UsageError
 from secateur.serve.native.config import Architecture, read_architecture
 from secateur.serve.native.step import Batch, Floats
 from secateur.serve.native.weights import Weights
@@ -17,21 +14,36 @@ from secateur.serve.native.weights import Weights
 KvType = Literal["fp32", "fp16", "int8"]
 
 PAGE_TOKENS = 16
-_KV_BYTES = 1 << 30  # unless asked otherwise; memory is taken as pages are written
+_WIDTHS = {"fp32": 4, "fp16": 2, "int8": 1}
+_KV_BYTES, _TEXTS = 1 << 30, 64  # the cache unless asked otherwise; memory is taken by use
 
 
 class NativeModel:
-    """See `secateur.serve.native.step.StepModel`."""
+    """A model directory opened for stepping; see `secateur.serve.native.step.StepModel`.
+
+    Keys and values are fp16 unless asked otherwise: half the memory and the reading of fp32, and
+    rounded less than bf16 weights are. One beyond 65504 becomes infinite there; models have none.
+
+    Attributes:
+        report: what computes the linears and the head: counts, layouts, types, bytes.
+        weight_bytes: of all matrices.
+        kv_bytes: of all pages; a page takes memory when it is written to.
+    """
 
     page_tokens = PAGE_TOKENS
 
-    def __init__(self, decoder: Any, weights: Weights, architecture: Architecture, pages: int) -> None:
-        self._decoder, self._weights = decoder, weights
+    def __init__(
+        self, decoder: Any, weights: Weights, architecture: Architecture, pages: int, kv_type: str
+    ) -> None:
+        self._decoder = decoder
+        self._architecture, self._kv_type = architecture, kv_type
         self.vocabulary_size = architecture.vocabulary
         self.eos_token_ids = architecture.eos_token_ids
-        self.max_length = min(architecture.max_length, pages * PAGE_TOKENS)
+        self.max_length = int(decoder.max_length)
         self.pages = pages
-        self.description = ""
+        self.report = weights.report()
+        self.weight_bytes = sum(use.nbytes for use in self.report)
+        self.kv_bytes = int(decoder.cache_bytes)
 
     @classmethod
     def open(
@@ -39,37 +51,125 @@ class NativeModel:
         directory: str | Path,
         *,
         threads: int | None = None,
+        values: cpu.Values | None = None,
+        head: cpu.Values | Literal["auto"] = "auto",
         kv_type: KvType = "fp16",
         kv_bytes: int | None = None,
+        max_length: int | None = None,
     ) -> NativeModel:
+        """Read a dense, pruned or packed model directory.
+
+        Args:
+            directory: the model.
+            threads: CPU threads; None leaves them as they are.
+            values: type of dense and pruned linears; int8 and int4 round to nearest. None: as
+                they are stored.
+            head: type of the head; "auto": int8 if the linears are int8 or int4, else as stored.
+            kv_type: type of keys and values in the cache.
+            kv_bytes: memory for the cache; None: 1 GiB, or what 64 texts of the greatest length
+                take if that is less.
+            max_length: tokens that a sequence may have; None: what the model was made for, if the
+                cache holds as many.
+
+        Raises:
+            ModelError: the directory is damaged, or `secateur.serve.native.config.obstacle` says
+                why the engine cannot run the model.
+            UsageError: an option does not fit the model, or is too small.
+        """
         architecture = read_architecture(directory)
-        weights = Weights.open(directory)
+        length = _length(architecture, max_length)
+        pages = _pages(architecture, kv_type, kv_bytes, length, asked=max_length is not None)
+        length = min(length, pages * PAGE_TOKENS)
         if threads is not None:
             cpu.set_threads(threads)
-        pages = max(1, (kv_bytes or _KV_BYTES) // page_bytes(architecture, kv_type))
-        decoder = _build(architecture, weights, kv_type, pages)
-        return cls(decoder, weights, architecture, pages)
+        weights = Weights(directory, values, head)
+        decoder = _build(architecture, weights, kv_type, pages, length)
+        return cls(decoder, weights, architecture, pages, kv_type)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices and of all pages."""
+        return self.weight_bytes + self.kv_bytes
+
+    @property
+    def description(self) -> str:
+        """Facts for the log."""
+        model = self._architecture
+        uses = "; ".join(map(str, self.report))
+        shortened = (
+            f" (of {model.max_length}: the cache holds no more)"
+            if self.max_length == self.pages * PAGE_TOKENS < model.max_length
+            else ""
+        )
+        return (
+            f"{model.model_type}, {model.layers} layers; {uses}; KV cache {self._kv_type}, "
+            f"{self.pages} pages of {PAGE_TOKENS} tokens, {self.kv_bytes / 1e6:.0f} MB; up to "
+            f"{self.max_length} tokens{shortened}; {cpu.isa()}, {cpu.threads()} threads"
+        )
 
     def step(self, batch: Batch) -> Floats:
+        """See `secateur.serve.native.step.StepModel.step`."""
+        if self._decoder is None:
+            raise ValueError("the model is closed")
         logits: Floats = self._decoder.step(
             batch.tokens, batch.starts, batch.positions, batch.tables, batch.wanted
         )
         return logits
 
     def close(self) -> None:
+        """Free the memory, once no logits are held any more."""
         self._decoder = None
+
+    def __enter__(self) -> NativeModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _length(architecture: Architecture, asked: int | None) -> int:
+    if asked is None:
+        return architecture.max_length
+    if not 1 <= asked <= architecture.max_length:
+        raise UsageError(
+            f"a length of {asked} tokens for a model of at most {architecture.max_length}",
+            f"choose 1 to {architecture.max_length}",
+        )
+    return asked
+
+
+def _pages(
+    architecture: Architecture, kv_type: KvType, kv_bytes: int | None, length: int, asked: bool
+) -> int:
+    """How many pages the cache has; as many as a text of an asked length needs, at least."""
+    if kv_type not in _WIDTHS:
+        raise UsageError(f"a KV cache of {kv_type!r}", f"choose one of {', '.join(_WIDTHS)}")
+    own = page_bytes(architecture, kv_type)
+    text = -(-length // PAGE_TOKENS)
+    if kv_bytes is None:
+        return max(min(_KV_BYTES // own, _TEXTS * text), text if asked else 1)
+    pages = kv_bytes // own
+    if pages < (text if asked else 1):
+        raise UsageError(
+            f"{kv_bytes} bytes hold {pages} pages of keys and values, of {text} that {length} "
+            "tokens take",
+            f"give at least {text * own} bytes, or a smaller length",
+        )
+    return pages
 
 
 def page_bytes(architecture: Architecture, kv_type: KvType) -> int:
     """Bytes of a page in all layers and heads."""
-    width = {"fp32": 4, "fp16": 2, "int8": 1}[kv_type]
+    width = _WIDTHS[kv_type]
     chunks = -(-architecture.head_dim // PAGE_TOKENS)
     own = (architecture.head_dim + chunks * PAGE_TOKENS) * PAGE_TOKENS * width
     own += 2 * PAGE_TOKENS * 4 if kv_type == "int8" else 0
     return -(-own // 64) * 64 * architecture.kv_heads * architecture.layers
 
 
-def _build(a: Architecture, weights: Weights, kv_type: KvType, pages: int) -> Any:
+def _build(
+    a: Architecture, weights: Weights, kv_type: KvType, pages: int, max_length: int
+) -> Any:
     from secateur.compile import _kernels
 
     offset = 1.0 if a.family.gemma else 0.0
@@ -83,7 +183,7 @@ def _build(a: Architecture, weights: Weights, kv_type: KvType, pages: int) -> An
         head_dim=a.head_dim,
         vocabulary=a.vocabulary,
         layers=a.layers,
-        max_length=min(a.max_length, pages * PAGE_TOKENS),
+        max_length=max_length,
         epsilon=a.epsilon,
         attention_scale=a.attention_scale,
         attention_cap=a.attention_cap,

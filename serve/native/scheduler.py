@@ -9,10 +9,10 @@ prompts on top, so neither kind of work waits for the other. Of the budget
 
 Clients take turns to be admitted; the requests of one come in order. A sequence is admitted when
 its tokens and the next one fit into free pages and one page is left for each that runs. A client
-none of whose sequences runs need not wait for one that has several: the youngest of the client
-that has most goes back to its queue. So does the youngest of all if no page is left for the next
-token. What goes back keeps its tokens; they are computed again, as far as their pages have been
-taken by others.
+none of whose sequences runs is before all others, and need not wait for one that has several: the
+youngest of the client that has most goes back to its queue. So does the youngest of all if no page
+is left for the next token. What goes back keeps its tokens; they are computed again, as far as
+their pages have been taken by others.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Scheduler(Generic[S]):
         for sequence in list(self.running):
             if sequence.remaining == 1 and sequence.pages:  # not preempted in this loop
                 self._grow(sequence)
-        while self._queues and self._admit(next(iter(self._queues))):
+        while self._queues and self._admit(self._next_client()):
             pass
         decodes = [(one, 1) for one in self.running if one.remaining == 1]
         return decodes + self._prompts([one for one in self.running if one.remaining > 1])
@@ -196,6 +196,11 @@ class Scheduler(Generic[S]):
         self.waiting -= 1
         if not self._queues[client]:
             del self._queues[client]
+
+    def _next_client(self) -> str:
+        """Whose turn it is: first of those that have nothing running."""
+        busy = {one.client for one in self.running}
+        return next((one for one in self._queues if one not in busy), next(iter(self._queues)))
 
     def _admit(self, client: str) -> bool:
         """Admit the next sequence of a client, or make room for it; False if it has to wait."""

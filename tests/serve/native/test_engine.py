@@ -1,165 +1,31 @@
-"""The native engine on a model that reads its own history through the page tables."""
+"""The native engine: whatever runs beside a request, its result is that of it alone."""
 
 from __future__ import annotations
 
 import asyncio
-import codecs
-import threading
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.serve import sampling
-from secateur.serve.engine import (
-    EngineBusy,
-    EngineStats,
-    EngineUnavailable,
-    Event,
-    GenerationFault,
-    GenerationRequest,
-    RequestRefused,
-)
+from secateur.serve.engine import Event, GenerationRequest
 from secateur.serve.native.engine import NativeEngine
-from secateur.serve.native.step import Batch
 from secateur.serve.sampling import SamplingParameters
-from secateur.serve.text import TextCodec
-
-LETTERS = [chr(97 + n) for n in range(26)] + ["é", "中", "🙂", " "]
-PIECES = [letter.encode() for letter in LETTERS[:26]] + [
-    b"\xc3",
-    b"\xa9",
-    b"\xe4",
-    b"\xb8",
-    b"\xad",
-]
-VOCABULARY = len(PIECES) + 2
-EOS, SPECIAL = VOCABULARY - 2, VOCABULARY - 1
-POISON = 25
-GREEDY = SamplingParameters(temperature=0.0)
-REQUEST = GenerationRequest((5, 6, 7), GREEDY, max_tokens=6, ignore_eos=True)
-
-
-class Letters(TextCodec):
-    """A vocabulary of letters and of parts of characters."""
-
-    def __init__(self) -> None:
-        self._bytes = [*PIECES, b"<eos>", b"<special>"]
-        self.special = frozenset({EOS, SPECIAL})
-        self.eos_token_id = EOS
-
-
-def logits_after(history: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Logits (vocabulary,) that depend on every token and on the order."""
-    seed = zlib.crc32(np.asarray(history, dtype="<i4").tobytes())
-    mixed = np.arange(1, VOCABULARY + 1, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(seed)
-    mixed = (mixed ^ (mixed >> np.uint64(13))) * np.uint64(0x9E3779B97F4A7C15)
-    return ((mixed >> np.uint64(40)) % np.uint64(1024)).astype(np.float32) / np.float32(128)
-
-
-class Pages:
-    """Keeps the tokens themselves in its pages and answers from what it finds there."""
-
-    vocabulary_size = VOCABULARY
-    eos_token_ids = frozenset({EOS})
-    description = "letters"
-
-    def __init__(self, pages: int = 64, page_tokens: int = 4, max_length: int = 96) -> None:
-        self.pages = pages
-        self.page_tokens = page_tokens
-        self.max_length = max_length
-        self.cache = np.full((pages, page_tokens), -1)
-        self.batches: list[Batch] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.closed = 0
-        self.before: Callable[[Batch], None] = lambda batch: None
-
-    def step(self, batch: Batch) -> np.ndarray[Any, np.dtype[np.float32]]:
-        self.gate.wait()
-        self.batches.append(batch)
-        self.before(batch)
-        answers, size = [], self.page_tokens
-        for s, (start, end) in enumerate(pairwise(batch.starts)):
-            at = int(batch.positions[s])
-            table = batch.tables[s]
-            for place, token in enumerate(batch.tokens[start:end], start=at):
-                self.cache[table[place // size], place % size] = token
-            history = self.cache[table[: -(-(at + int(end - start)) // size)]].ravel()
-            for row in batch.wanted[(batch.wanted >= start) & (batch.wanted < end)]:
-                answers.append(logits_after(history[: at + int(row - start) + 1]))
-        return np.array(answers, dtype=np.float32).reshape(-1, VOCABULARY)
-
-    def close(self) -> None:
-        self.closed += 1
-
-
-def reference(request: GenerationRequest, limit: int) -> tuple[list[int], str, str]:
-    """Tokens, text and finish reason of a request alone, with no cache and no stream."""
-    random = np.random.default_rng(request.sampling.seed)
-    room = limit - len(request.prompt)
-    room = room if request.max_tokens is None else min(room, request.max_tokens)
-    ends = request.stop_token_ids | (set() if request.ignore_eos else {EOS})
-    codec, output = Letters(), list[int]()
-    while len(output) < room:
-        history = [*request.prompt, *output]
-        logits = logits_after(history)
-        output.append(sampling.sample(logits, request.sampling, request.prompt, output, random))
-        over = output[-1] in ends
-        shown = output[:-1] if over else output
-        text = b"".join(codec.token_bytes(one) for one in shown if one not in codec.special)
-        final = over or len(output) == room
-        seen = text.decode(errors="replace") if final else decoded_so_far(text)
-        cuts = [seen.find(stop) for stop in request.stop if stop in seen]
-        if cuts:
-            return output, seen[: min(cuts)], "stop"
-        if over:
-            return output, seen, "stop"
-    return output, seen if output else "", "length"
-
-
-def decoded_so_far(raw: bytes) -> str:
-    return codecs.getincrementaldecoder("utf-8")(errors="replace").decode(raw)
-
-
-@contextmanager
-def engine_on(model: Pages, **options: Any) -> Iterator[NativeEngine]:
-    engine = NativeEngine(model, Letters(), model_name="letters", threads=1, **options)
-    try:
-        yield engine
-    finally:
-        model.gate.set()
-        engine.close()
-        engine.close()
-        assert model.closed == 1
-        engine._pool.check([])
-        assert engine._pool.used == 0
-
-
-async def all_of(generation: Any) -> list[Event]:
-    return [event async for event in generation]
-
-
-def outcome(events: list[Event]) -> tuple[list[int], str, str | None]:
-    tokens = [event.token_id for event in events if event.token_id is not None]
-    return tokens, "".join(event.text for event in events), events[-1].finish_reason
-
-
-def run_all(engine: NativeEngine, requests: Sequence[GenerationRequest]) -> list[list[Event]]:
-    async def scenario() -> list[list[Event]]:
-        with engine._changed:  # so that the worker finds them together
-            generations = [engine.submit(request) for request in requests]
-        return await asyncio.gather(*map(all_of, generations))
-
-    return asyncio.run(scenario())
-
+from tests.serve.native.paged_model import (
+    POISON,
+    REQUEST,
+    Pages,
+    all_of,
+    engine_on,
+    logits_after,
+    outcome,
+    reference,
+    run_all,
+)
 
 tokens = st.integers(0, POISON - 1)
 # Prompts that share beginnings.
@@ -214,7 +80,7 @@ def test_each_result_is_that_of_the_request_alone(
         assert outcome(events) == reference(request, engine.max_length)
         check_logprobs(request, events)
     for batch in model.batches:
-        assert (batch.starts[1:] - batch.starts[:-1] > 1).sum() <= budget
+        assert len(batch.tokens) <= budget + max_running
         assert len(batch.positions) <= max_running
 
 
@@ -244,3 +110,91 @@ def same(got: Any, history: Sequence[int], token: int, count: int) -> None:
     assert got.logprob == pytest.approx(expected.logprob, abs=1e-9)
     assert [one for one, _ in got.top] == [one for one, _ in expected.top]
     assert [one for _, one in got.top] == pytest.approx([one for _, one in expected.top], abs=1e-9)
+
+
+def test_few_pages_send_requests_back_and_change_nothing() -> None:
+    wanted = [
+        replace(
+            REQUEST,
+            prompt=(one, 2, 3),
+            max_tokens=40,
+            client=str(one % 2),
+            sampling=SamplingParameters(seed=one, frequency_penalty=0.1),
+        )
+        for one in range(8)
+    ]
+    model = Pages(pages=24)
+    with engine_on(model) as engine:
+        results = run_all(engine, wanted)
+        assert engine.stats().preemptions > 0
+    for request, events in zip(wanted, results, strict=True):
+        assert outcome(events) == reference(request, 96)
+
+
+def test_choices_of_one_prompt_compute_it_once() -> None:
+    prompt = tuple(one % 20 for one in range(41))
+    wanted = [
+        replace(REQUEST, prompt=prompt, sampling=SamplingParameters(seed=one), max_tokens=3)
+        for one in range(6)
+    ]
+    model = Pages()
+    with engine_on(model, token_budget=16) as engine:
+        results = run_all(engine, wanted)
+        assert engine.stats().prefix_hits == 5 * 40
+        alone = len(model.batches)
+        again = run_all(engine, [replace(wanted[0], prompt_logprobs=1)])
+        assert sum(len(batch.tokens) for batch in model.batches[alone:]) == 41 + 2  # all anew
+        assert outcome(again[0]) == outcome(results[0])
+    computed = sum(len(batch.tokens) for batch in model.batches[:alone])
+    assert computed == 40 + 6 * 3  # the last prompt token and two of the output are each one's own
+    for request, events in zip(wanted, results, strict=True):
+        assert outcome(events) == reference(request, 96)
+
+
+def test_cancelled_requests_leave_at_the_next_step() -> None:
+    model = Pages(max_length=4000, pages=1000)
+
+    async def scenario(engine: NativeEngine) -> None:
+        endless = replace(REQUEST, max_tokens=None)
+        running, beside = engine.submit(endless), engine.submit(replace(endless, max_tokens=30))
+        queued = engine.submit(endless)
+        await anext(running)
+        running.cancel()
+        queued.cancel()
+        assert outcome(await all_of(beside)) == reference(beside.request, 4000)
+        after = engine.submit(REQUEST)
+        assert outcome(await all_of(after)) == reference(REQUEST, 4000)
+        assert engine.stats().running == engine.stats().waiting == engine.stats().pages_used == 0
+
+    with engine_on(model, max_running=2) as engine:
+        asyncio.run(scenario(engine))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    wanted=st.lists(st.tuples(requests, st.integers(0, 12)), min_size=2, max_size=10),
+    pages=st.integers(24, 40),
+)
+def test_requests_come_and_go(wanted: list[tuple[GenerationRequest, int]], pages: int) -> None:
+    """A reader who leaves after some events hurts neither the others nor the pages."""
+
+    async def read(engine: NativeEngine, request: GenerationRequest, patience: int) -> None:
+        generation = engine.submit(request)
+        expected, got = reference(request, engine.max_length), list[int]()
+        async for event in generation:
+            if event.token_id is not None:
+                got.append(event.token_id)
+            if event.finish_reason is not None:
+                assert (got, event.finish_reason) == (expected[0], expected[2])
+            elif len(got) == patience:
+                generation.cancel()
+                break
+        assert got == expected[0][: len(got)]
+
+    async def scenario(engine: NativeEngine) -> None:
+        await asyncio.gather(*(read(engine, *one) for one in wanted))
+        await all_of(engine.submit(REQUEST))
+        assert engine.stats().pages_used == 0
+
+    with engine_on(Pages(pages), max_running=5, token_budget=8) as engine:
+        asyncio.run(scenario(engine))
