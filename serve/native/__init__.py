@@ -18,6 +18,7 @@ class NativeOptions:
     Attributes:
         kv_cache_type: type of keys and values in the cache: fp32, fp16 or int8.
         kv_cache_memory: bytes of the cache.
+        values: value type of linears that are not packed: fp32, bf16, fp16, int8 or int4.
         head_values: value type of the output layer: auto, fp32, bf16, fp16, int8 or int4.
         max_length: tokens that prompt and output together may have.
         max_running: sequences computed at once.
@@ -28,6 +29,7 @@ class NativeOptions:
 
     kv_cache_type: str | None = None
     kv_cache_memory: int | None = None
+    values: str | None = None
     head_values: str | None = None
     max_length: int | None = None
     max_running: int | None = None
@@ -43,6 +45,7 @@ class NativeOptions:
 _OF_THE_MODEL = {
     "kv_cache_type": "kv_type",
     "kv_cache_memory": "kv_bytes",
+    "values": "values",
     "head_values": "head",
     "max_length": "max_length",
 }
@@ -84,4 +87,10 @@ def load_native(
     given = options.given()
     of_model = {_OF_THE_MODEL[name]: given.pop(name) for name in _OF_THE_MODEL if name in given}
     model = NativeModel.open(directory, threads=threads, **of_model)
-    return NativeEngine(model, codec, model_name=model_name, threads=threads, **given)
+    return NativeEngine(
+        model,
+        codec,
+        model_name=model_name,
+        report=map(str, model.report),
+        **given,
+    )

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterable
 
 from secateur.serve.engine import (
     Engine,
@@ -47,11 +48,11 @@ class NativeEngine(Engine):
         model: from now on only the worker touches it, and closes it at the end.
         codec: its tokenizer.
         model_name: the name to serve it under.
-        threads: CPU threads of the model, for the description.
         max_running: requests computed at once; more wait.
         max_waiting: requests that wait; more are refused as `EngineBusy`.
         token_budget: prompt tokens of a step, besides one token of each running request.
         deadline: seconds that a request may take, waiting included; None: any.
+        report: see `Engine.report`.
     """
 
     name = "native"
@@ -62,11 +63,11 @@ class NativeEngine(Engine):
         codec: TextCodec,
         *,
         model_name: str,
-        threads: int,
         max_running: int = 64,
         max_waiting: int = 256,
         token_budget: int = 256,
         deadline: float | None = None,
+        report: Iterable[str] = (),
     ) -> None:
         self.model_name = model_name
         self.codec = codec
@@ -75,9 +76,8 @@ class NativeEngine(Engine):
         self.end_tokens = model.eos_token_ids
         if not self.end_tokens and codec.eos_token_id is not None:
             self.end_tokens = frozenset({codec.eos_token_id})
-        self.description = (
-            f"{model.description}, {threads} threads, maximum length {self.max_length}"
-        )
+        self.description = model.description
+        self._report = tuple(report)
         self._model = model
         self._pool = PagePool(model.pages, model.page_tokens)
         self._scheduler: Scheduler[Run] = Scheduler(
@@ -121,6 +121,10 @@ class NativeEngine(Engine):
                 prefix_hits=scheduler.prefix_hits,
                 preemptions=scheduler.preemptions,
             )
+
+    def report(self) -> tuple[str, ...]:
+        """What computes what."""
+        return self._report
 
     def unavailable(self) -> str | None:
         """Why the engine takes no requests, or None."""

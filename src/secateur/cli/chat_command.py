@@ -17,6 +17,7 @@ from secateur.cli.serve_command import (
     HeadValues,
     MaxLength,
     Threads,
+    Values,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def chat(
     seed: Annotated[int | None, Option(min=0, help="Makes the answers repeatable.")] = None,
     threads: Threads = None,
     kv_cache_type: CacheType = None,
+    values: Values = None,
     head_values: HeadValues = None,
     max_length: MaxLength = None,
 ) -> None:
@@ -62,7 +64,10 @@ def chat(
             "give --top-p above 0, at most 1; --repetition-penalty above 0, at most 10",
         )
     options = NativeOptions(
-        kv_cache_type=kv_cache_type, head_values=head_values, max_length=max_length
+        kv_cache_type=kv_cache_type,
+        values=values,
+        head_values=head_values,
+        max_length=max_length,
     )
     loaded = load(directory, engine=engine, threads=threads, options=options)
     from rich.console import Console

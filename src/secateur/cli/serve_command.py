@@ -21,6 +21,13 @@ CacheType = Annotated[
     str | None,
     Option(help="Type of the KV cache: fp32, fp16, int8.", rich_help_panel=_NATIVE),
 ]
+Values = Annotated[
+    str | None,
+    Option(
+        help="Value type of linears that are not packed: fp32, bf16, fp16, int8, int4.",
+        rich_help_panel=_NATIVE,
+    ),
+]
 HeadValues = Annotated[
     str | None,
     Option(
@@ -57,6 +64,7 @@ def serve(
     kv_cache_memory: Annotated[
         str | None, Option(help="Size of the KV cache, e.g. 2GiB.", rich_help_panel=_NATIVE)
     ] = None,
+    values: Values = None,
     head_values: HeadValues = None,
     max_length: MaxLength = None,
     max_running: Annotated[
@@ -97,6 +105,7 @@ def serve(
         options=NativeOptions(
             kv_cache_type=kv_cache_type,
             kv_cache_memory=None if kv_cache_memory is None else parse_size(kv_cache_memory),
+            values=values,
             head_values=head_values,
             max_length=max_length,
             max_running=max_running,
