@@ -99,6 +99,4 @@ class Conversation:
             generation.cancel()
         first = times[0] if times else time.monotonic()
         last = times[-1] if times else first
-        return Reply(
-            "".join(parts), len(times), first - generation.submitted, last - first, ending
-        )
+        return Reply("".join(parts), len(times), first - generation.submitted, last - first, ending)

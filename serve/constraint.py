@@ -130,4 +130,7 @@ class Grammars:
         if matcher.is_error():
             reason = str(matcher.get_error()).partition("\n")[0]
             raise SchemaRefused(f"the schema cannot be followed: {reason}")
-        return Constraint(matcher, self._size)
+        constraint = Constraint(matcher, self._size)
+        if not constraint.mask().any():
+            raise SchemaRefused("the schema fits no text at all")
+        return constraint

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.errors import UsageError, did_you_mean
+
 if TYPE_CHECKING:
     from secateur.serve.engine import Engine
 
@@ -51,6 +53,22 @@ _OF_THE_MODEL = {
 }
 
 
+_VALUES = ("fp32", "bf16", "fp16", "int8", "int4")
+_NAMES = {
+    "kv_cache_type": ("fp32", "fp16", "int8"),
+    "values": _VALUES,
+    "head_values": ("auto", *_VALUES),
+}
+
+
+def _check(options: NativeOptions) -> None:
+    for name, known in _NAMES.items():
+        given = getattr(options, name)
+        if given is not None and given not in known:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} {given!r} is unknown", did_you_mean(given, known))
+
+
 def native_obstacle(directory: Path) -> str | None:
     """Why the native engine cannot run this model, or None if it can; reads settings only.
 
@@ -75,7 +93,9 @@ def load_native(
 
     Raises:
         ModelError: the directory is not a usable model, or not one that this engine runs.
+        UsageError: an option is unknown, or does not fit the model.
     """
+    _check(options)
     from secateur.serve.native.engine import NativeEngine
 
     from secateur.serve.native.model import NativeModel

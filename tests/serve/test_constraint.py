@@ -97,7 +97,7 @@ def test_random_walks_are_valid(grammars: Grammars, codec: TextCodec, seed: int)
 
 @pytest.mark.parametrize(
     "schema",
-    ["{", "[]", '{"type": "nope"}', '{"$ref": "file:///etc/passwd"}', '{"pattern": "("}'],
+    ["false", "{", "[]", '{"type": "nope"}', '{"$ref": "file:///etc/passwd"}', '{"pattern": "("}'],
 )
 def test_schemas_that_cannot_be_followed(grammars: Grammars, schema: str) -> None:
     with pytest.raises(SchemaRefused, match="the schema"):
