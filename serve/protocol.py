@@ -146,7 +146,7 @@ class GenerateBody(_Body):
     top_p: Annotated[float, Finite, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Finite, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Finite, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Finite, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Finite, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=MAX_BIASES)] | None = None

@@ -68,7 +68,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.drain(0.0 if self.should_exit else self._drain_seconds)
-        super().handle_exit(sig, frame)
+        if not self.should_exit:  # a second signal ends the requests, not their connections
+            super().handle_exit(sig, frame)
 
 
 def run(

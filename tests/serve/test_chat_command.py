@@ -63,7 +63,7 @@ def test_a_conversation_from_a_pipe(engine: str, tiny: Path, model: Any, tokeniz
     assert ended.stdout == "".join(c for c in shown if c >= " " or c in "\t\n")
     assert f"({engine};" in ended.stderr
     assert "a new conversation" in ended.stderr
-    assert ended.stderr.count("tokens, ") == 3
+    assert ended.stderr.count("tokens/s, first") == 3
 
 
 def test_a_model_without_a_template_continues(
@@ -83,7 +83,7 @@ def test_faults_leave_the_conversation_open(tiny: Path) -> None:
     ended = chat(tiny, "a " * 9000 + "\nshort\n", "--max-tokens", "5", "--seed", "1")
     assert ended.returncode == 0
     assert "maximum context length" in ended.stderr
-    assert ended.stderr.count("tokens, ") == 1
+    assert ended.stderr.count("tokens/s, first") == 1
     assert chat(tiny, "", "--top-p", "0").returncode == 2
 
 

@@ -58,10 +58,10 @@ def chat(
     from secateur.errors import UsageError
     from secateur.serve import NativeOptions, load
 
-    if not 0 < top_p <= 1 or not 0 < repetition_penalty <= 10:
+    if not 0 < top_p <= 1 or not 0.01 <= repetition_penalty <= 10:
         raise UsageError(
             f"--top-p {top_p:g}, --repetition-penalty {repetition_penalty:g}: out of range",
-            "give --top-p above 0, at most 1; --repetition-penalty above 0, at most 10",
+            "give --top-p above 0, at most 1; --repetition-penalty from 0.01 to 10",
         )
     options = NativeOptions(
         kv_cache_type=kv_cache_type,
