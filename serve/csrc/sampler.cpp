@@ -2,7 +2,7 @@
 //
 // Order: logit_bias, penalties, temperature (0: argmax), min_p, top_k, top_p, draw. All sums are in
 // double. Tokens that are equally likely are ranked by id. Nothing sorts the vocabulary: a heap
-// keeps the best k, the nucleus and the draw from it are found by halves.
+// keeps the best k; the end of the nucleus, and the draw from it, lie in one class of weights.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
@@ -22,6 +22,12 @@
 #include "layout.h"
 #include "pool.h"
 
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
 namespace nb = nanobind;
 
 namespace {
@@ -32,7 +38,7 @@ using Logits = Array<float, 2>;
 using Numbers = Array<std::int32_t, 1>;
 
 constexpr double kGreedyBelow = 1e-5;
-constexpr int kLanes = 16;  // running values of a loop over the vocabulary, so that it is vectorised
+constexpr int kLanes = 256;  // running values of a loop over the vocabulary, so that it is vectorised
 constexpr double kLeast = std::numeric_limits<double>::denorm_min();
 constexpr std::int32_t kRefused = -1;
 
@@ -70,6 +76,64 @@ template <typename T> Index place_of(T value, const T *x, Index n) {
         if (found) break;
     }
     return std::find(x + i, x + n, value) - x;
+}
+
+// exp(x) for kLanes numbers x <= 0 within two units in the last place; 0 where that is below 1e-306.
+// Whole blocks only, so that equal numbers take the same way: through the vectorised loop. The
+// bounds have loops of their own, since GCC would make branches of them.
+INLINE void exponentials_of(double *x) {
+    constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52: the sum's lowest bits are an integer
+    for (int i = 0; i < kLanes; ++i) x[i] = x[i] > -707 ? x[i] : -707;
+    for (int i = 0; i < kLanes; ++i) {
+        const double shifted = x[i] * 1.4426950408889634 + kShift;
+        const double k = shifted - kShift;
+        const double r = x[i] - k * 6.93147180369123816490e-01 - k * 1.90821492927058770002e-10;
+        double power = 1.0 / 6227020800;  // Taylor's series to r^13, |r| <= ln(2) / 2
+        power = power * r + 1.0 / 479001600;
+        power = power * r + 1.0 / 39916800;
+        power = power * r + 1.0 / 3628800;
+        power = power * r + 1.0 / 362880;
+        power = power * r + 1.0 / 40320;
+        power = power * r + 1.0 / 5040;
+        power = power * r + 1.0 / 720;
+        power = power * r + 1.0 / 120;
+        power = power * r + 1.0 / 24;
+        power = power * r + 1.0 / 6;
+        power = power * r + 0.5;
+        power = power * r + 1.0;
+        power = power * r + 1.0;
+        std::uint64_t bits;
+        std::memcpy(&bits, &shifted, sizeof bits);
+        bits = (bits + 1023) << 52;
+        double scale;
+        std::memcpy(&scale, &bits, sizeof scale);
+        x[i] = power * scale;
+    }
+    for (int i = 0; i < kLanes; ++i) x[i] = x[i] > 1e-306 ? x[i] : 0;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) void exponentials_wide(double *x, Index n) {
+    for (Index i = 0; i < n; i += kLanes) exponentials_of(x + i);
+}
+#endif
+
+// In place, for a multiple of kLanes numbers.
+void exponentials(double *x, Index n) {
+#if defined(__x86_64__)
+    static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (wide) return exponentials_wide(x, n);
+#endif
+    for (Index i = 0; i < n; i += kLanes) exponentials_of(x + i);
+}
+
+// exp((x - most) / temperature) of n values, in memory of this thread, good until its next call.
+template <typename T> const double *weights_of(const T *x, Index n, double most, double temperature) {
+    thread_local std::vector<double> weights;
+    weights.assign(std::size_t(round_up(n, kLanes)), 0);
+    for (Index i = 0; i < n; ++i) weights[std::size_t(i)] = (double(x[i]) - most) / temperature;
+    exponentials(weights.data(), Index(weights.size()));
+    return weights.data();
 }
 
 // The best `count` of those values that reach `floor`, best first.
@@ -117,6 +181,32 @@ std::size_t fill(std::vector<Ranked> &some, double target) {
     return high;
 }
 
+// The first token, best first, with which the sum of the weights reaches `target`, and that sum. The
+// weights, from `floor` to 1, are added up in classes of almost equal ones; one class is searched.
+Ranked crossing(const double *w, Index n, double floor, double target) {
+    constexpr int kClasses = 1024, kShift = 48;  // sixteen for each power of two
+    const auto class_of = [](double weight) {
+        std::uint64_t bits;
+        std::memcpy(&bits, &weight, sizeof bits);
+        const std::uint64_t one = std::uint64_t(1023) << (52 - kShift);
+        return int(std::min<std::uint64_t>(one - (bits >> kShift), kClasses - 1));
+    };
+    double sums[kClasses] = {};
+    for (Index i = 0; i < n; ++i) sums[class_of(w[i])] += w[i] >= floor ? w[i] : 0;
+    int last = 0;  // the class in which the target is reached, or the last that is not empty
+    double reached = 0;
+    for (int next = 1; next < kClasses && reached + sums[last] < target; ++next)
+        if (sums[next] > 0) {
+            reached += sums[last];
+            last = next;
+        }
+    std::vector<Ranked> some;
+    for (Index i = 0; i < n; ++i)
+        if (class_of(w[i]) == last && w[i] >= floor && w[i] > 0) some.push_back({w[i], std::int32_t(i)});
+    some.resize(fill(some, target - reached));
+    return {reached + sum_of(some), some.back().id};
+}
+
 // How one sequence chooses its tokens, and those it has chosen.
 class Sampler {
   public:
@@ -157,34 +247,26 @@ class Sampler {
         const T most = greatest(scores, n);
         if (!std::isfinite(most)) return kRefused;
         if (temperature < kGreedyBelow) return std::int32_t(place_of(most, scores, n));
-        thread_local std::vector<double> weights;
-        weights.resize(std::size_t(n));
+        const double *w = weights_of(scores, n, double(most), temperature);
         const double floor = min_p > 0 ? min_p : 0;
         double mass = 0;
         Index count = 0;
         for (Index i = 0; i < n; ++i) {
-            const double weight = std::exp((double(scores[i]) - double(most)) / temperature);
-            const bool in = weight >= floor;
-            weights[std::size_t(i)] = weight;
-            mass += in ? weight : 0;
-            count += in;
+            mass += w[i] >= floor ? w[i] : 0;
+            count += w[i] >= floor;
         }
-        const double *w = weights.data();
         const bool best_only = 0 < top_k && top_k < count;
         if (!best_only && top_p == 1) return draw_by_id(w, n, floor, uniform * mass, mass);
-        std::vector<Ranked> kept;
-        if (best_only) {
-            kept = best_of(w, n, top_k, std::max(floor, kLeast));
-            mass = sum_of(kept);
-        } else {
-            // What lies below this bar adds up to less than 1 - top_p, so none of it can be kept.
-            const double bar = (1 - top_p) * mass / double(count) * (1 - 1e-9);
-            for (Index i = 0; i < n; ++i)
-                if (w[i] >= std::max(floor, bar)) kept.push_back({w[i], std::int32_t(i)});
+        if (!best_only) {
+            const Ranked edge = crossing(w, n, floor, top_p * mass);
+            const std::int32_t drawn =
+                crossing(w, n, floor, std::nextafter(uniform * edge.value, 2 * mass)).id;
+            // Rounding may not lead out of the nucleus.
+            return better({w[edge.id], edge.id}, {w[drawn], drawn}) ? edge.id : drawn;
         }
-        if (top_p < 1) kept.resize(fill(kept, top_p * mass));
-        const double passed = std::nextafter(uniform * sum_of(kept), 2 * mass);
-        return kept[fill(kept, passed) - 1].id;
+        std::vector<Ranked> kept = best_of(w, n, top_k, std::max(floor, kLeast));
+        if (top_p < 1) kept.resize(fill(kept, top_p * sum_of(kept)));
+        return kept[fill(kept, std::nextafter(uniform * sum_of(kept), 2 * mass)) - 1].id;
     }
 
     // The token at which the running sum of the weights passes `goal`, or reaches all there is.
@@ -239,8 +321,9 @@ using Scored = std::pair<double, std::vector<std::pair<std::int32_t, double>>>;
 
 Scored score(const float *logits, Index n, std::int32_t token, Index count) {
     const double most = double(greatest(logits, n));
+    const double *weights = weights_of(logits, n, most, 1);
     double sum = 0;
-    for (Index i = 0; i < n; ++i) sum += std::exp(double(logits[i]) - most);
+    for (Index i = 0; i < n; ++i) sum += weights[i];
     const double total = most + std::log(sum);
     Scored scored{double(logits[token]) - total, {}};
     for (const Ranked &one : best_of(logits, n, count, -std::numeric_limits<double>::infinity()))

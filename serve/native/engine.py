@@ -157,6 +157,7 @@ class NativeEngine(Engine):
         except BaseException as fault:
             self._refusing = f"the engine's worker died: {type(fault).__name__}: {fault}"
             print(f"serve: {self._refusing}", file=sys.stderr)
+            traceback.print_exception(fault)
             self._clear(GenerationFault(self._refusing))
         finally:
             self._model.close()
@@ -169,9 +170,12 @@ class NativeEngine(Engine):
                 if now >= self._end:
                     self._clear(Event(None, finish_reason="abort"))
                     return None
-                limit = f"the request took longer than {self._scheduler.deadline:g} s, the limit"
-                late = self._scheduler.sweep(now)
-                Generation.deliver_all([(run.generation, GenerationFault(limit)) for run in late])
+                if late := self._scheduler.sweep(now):
+                    limit = (
+                        f"the request took longer than {self._scheduler.deadline:g} s, the limit"
+                    )
+                    fault = GenerationFault(limit)
+                    Generation.deliver_all([(run.generation, fault) for run in late])
                 if plan := self._scheduler.plan():
                     return plan
                 self._changed.wait()
@@ -226,7 +230,8 @@ class NativeEngine(Engine):
         """Write down what was computed, and hand it over."""
         with self._changed:
             for run, count in plan:
-                self._scheduler.advance(run, count)
+                if not isinstance(outcomes.get(run), GenerationFault):  # nobody else may find it
+                    self._scheduler.advance(run, count)
             for run, outcome in outcomes.items():
                 if isinstance(outcome, GenerationFault) or outcome.finish_reason is not None:
                     self._scheduler.finish(run)
