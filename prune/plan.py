@@ -11,10 +11,11 @@ from secateur.errors import ModelError, UsageError
 from secateur.model import Linear, StreamedModel
 from secateur.pattern import Pattern
 from secateur.prune.allocate import Allocation, find_allocation
-from secateur.prune.memory import MemoryPlan, parse_size, plan_memory
+from secateur.prune.memory import MemoryPlan, plan_memory
 from secateur.prune.method import Method
 from secateur.prune.methods import find_method
 from secateur.recipe import Calibration, Prune
+from secateur.sizes import parse_size
 
 
 class LayerPlan(BaseModel):

@@ -14,10 +14,11 @@ from secateur.checkpoint import Checkpoint, save_tensors
 from secateur.device import choose_device
 from secateur.errors import UsageError
 from secateur.model import StreamedModel
-from secateur.prune.memory import LIBRARIES, parse_size, resident
+from secateur.prune.memory import LIBRARIES, resident
 from secateur.prune.plan import Plan, allocated, plan_model, steps_of
 from secateur.prune.work import Work
 from secateur.recipe import Calibration, Prune
+from secateur.sizes import parse_size
 from secateur.source import resolve_model
 
 if TYPE_CHECKING:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 
 import secateur
+from secateur.serve import openapi
 from secateur.serve.answers import Answer, ChatAnswer, CompletionAnswer, server_sent
+from secateur.serve.constraint import Constraint, Grammars, SchemaRefused
 from secateur.serve.engine import (
     Engine,
+    EngineBusy,
     EngineUnavailable,
     Event,
     Generation,
@@ -33,6 +40,7 @@ from secateur.serve.http import (
     answer_error,
     answer_http_error,
     answer_nobody,
+    page_and_headers,
     unless_disconnected,
 )
 from secateur.serve.metrics import ServerMetrics
@@ -46,38 +54,57 @@ from secateur.serve.protocol import (
     TokenizeBody,
     parse,
 )
+from secateur.serve.status import status
 
 MAX_BODY = 8 * 2**20
+BODY_SECONDS = 60.0  # a body must have arrived by then
 
 
-def create_app(engine: Engine, *, api_key: str | None = None, max_body: int = MAX_BODY) -> FastAPI:
+def create_app(
+    engine: Engine, *, api_key: str | None = None, max_body: int = MAX_BODY
+) -> Starlette:
     """The app that serves ``engine``; it neither starts nor closes the engine.
 
     Args:
         engine: what answers.
-        api_key: if given, every path but /health and /metrics asks for it.
+        api_key: if given, every path but `OPEN_PATHS` asks for it.
         max_body: bytes that a request body may have.
     """
-    app = FastAPI(title="secateur", openapi_url=None, redirect_slashes=False)
     service = _Service(engine, max_body)
-    for method, path, handler in (
+    description = openapi.document(with_key=bool(api_key))
+    page, headers = page_and_headers()
+
+    async def describe(_: Request) -> Response:
+        return JSONResponse(description)
+
+    async def show(_: Request) -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    handlers: tuple[tuple[str, str, Callable[[Request], Awaitable[Response]]], ...] = (
         ("POST", "/v1/completions", service.completions),
         ("POST", "/v1/chat/completions", service.chat),
         ("POST", "/tokenize", service.tokenize),
         ("POST", "/detokenize", service.detokenize),
         ("GET", "/v1/models", service.models),
         ("GET", "/v1/models/{name:path}", service.model),
+        ("GET", "/v1/status", service.status),
         ("GET", "/health", service.health),
         ("GET", "/metrics", service.metrics_page),
         ("GET", "/version", service.version),
-    ):
-        app.add_api_route(path, handler, methods=[method], response_model=None)
-    app.add_exception_handler(ApiError, answer_error)
-    app.add_exception_handler(HTTPException, answer_http_error)
-    app.add_exception_handler(ClientDisconnect, answer_nobody)
-    app.add_exception_handler(Exception, answer_bug)
-    if api_key:
-        app.add_middleware(ApiKey, key=api_key)
+        ("GET", "/openapi.json", describe),
+        ("GET", "/", show),
+    )
+    app = Starlette(
+        routes=[Route(path, handler, methods=[method]) for method, path, handler in handlers],
+        exception_handlers={
+            ApiError: answer_error,
+            HTTPException: answer_http_error,
+            ClientDisconnect: answer_nobody,
+            Exception: answer_bug,
+        },
+        middleware=[Middleware(ApiKey, key=api_key)] if api_key else [],
+    )
+    app.router.redirect_slashes = False
     return app
 
 
@@ -88,6 +115,7 @@ class _Service:
         self._engine = engine
         self._max_body = max_body
         self._metrics = ServerMetrics(engine)
+        self._grammars = Grammars(engine.codec, engine.vocabulary_size, engine.end_tokens)
         self._created = int(time.time())
 
     async def completions(self, request: Request) -> Response:
@@ -100,13 +128,15 @@ class _Service:
             else await asyncio.to_thread(self._engine.codec.encode, prompt)
             for prompt in prompts
         ]
-        wanted = self._requests(
-            body,
-            given,
-            16 if body.max_tokens is None else body.max_tokens,
-            body.logprobs,
-            body.logprobs if body.echo else None,
+        most = 16 if body.max_tokens is None else body.max_tokens
+        shape = GenerationRequest(
+            (),
+            max_tokens=most,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            client=_client(request, body),
         )
+        wanted = await self._requests(body, given, shape)
         echoes: list[str | None] = [None] * len(wanted)
         if body.echo:
             echoes = [
@@ -131,8 +161,13 @@ class _Service:
         body = parse(ChatBody, await self._read(request))
         self._check_model(body.model)
         prompt = await self._encode_chat(body.messages)
-        most = body.max_completion_tokens or body.max_tokens
-        generations = self._submit(self._requests(body, [prompt], most, body.alternatives(), None))
+        shape = GenerationRequest(
+            (),
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            logprobs=body.alternatives(),
+            client=_client(request, body),
+        )
+        generations = self._submit(await self._requests(body, [prompt], shape))
         answer = ChatAnswer(
             self._engine.model_name, self._engine.codec, generations, body.choices()
         )
@@ -161,23 +196,26 @@ class _Service:
             raise ApiError(400, "a token id is out of range", "tokens", "invalid_token_id")
         return JSONResponse({"prompt": self._engine.codec.decode(body.tokens, keep_special=True)})
 
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
 
-    async def model(self, name: str) -> Response:
-        self._check_model(name)
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
         return JSONResponse(self._card())
 
-    async def health(self) -> Response:
+    async def status(self, _: Request) -> Response:
+        return JSONResponse(status(self._engine, self._metrics.speed))
+
+    async def health(self, _: Request) -> Response:
         reason = self._engine.unavailable()
         if reason is None:
             return JSONResponse({"status": "ok"})
         raise ApiError(503, reason, None, "unavailable")
 
-    async def metrics_page(self) -> Response:
+    async def metrics_page(self, _: Request) -> Response:
         return Response(self._metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    async def version(self) -> Response:
+    async def version(self, _: Request) -> Response:
         return JSONResponse({"version": secateur.__version__})
 
     def _card(self) -> dict[str, Any]:
@@ -191,12 +229,17 @@ class _Service:
 
     async def _read(self, request: Request) -> bytes:
         parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > self._max_body:
-                message = f"the body is larger than {self._max_body} bytes"
-                raise ApiError(413, message, None, "request_too_large")
-            parts.append(part)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self._max_body:
+                        message = f"the body is larger than {self._max_body} bytes"
+                        raise ApiError(413, message, None, "request_too_large")
+                    parts.append(part)
+        except TimeoutError as fault:
+            message = f"the body did not arrive within {BODY_SECONDS:g} seconds"
+            raise ApiError(408, message, None, "request_timeout") from fault
         return b"".join(parts)
 
     def _check_model(self, name: str | None) -> None:
@@ -221,29 +264,36 @@ class _Service:
             message = f"the model's chat template refuses these messages: {fault}"
             raise ApiError(400, message, "messages") from fault
 
-    def _requests(
-        self,
-        body: GenerateBody,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int | None,
-        logprobs: int | None,
-        prompt_logprobs: int | None,
+    async def _requests(
+        self, body: GenerateBody, prompts: Sequence[Sequence[int]], shape: GenerationRequest
     ) -> list[GenerationRequest]:
-        stops, stop_ids = body.stops(), frozenset(body.stop_token_ids or ())
+        """One request per prompt and choice; ``shape`` has what only some bodies know."""
+        shape = replace(
+            shape,
+            stop=body.stops(),
+            stop_token_ids=frozenset(body.stop_token_ids or ()),
+            ignore_eos=bool(body.ignore_eos),
+        )
+        constraint = await self._constraint(body)
         return [
-            GenerationRequest(
+            replace(
+                shape,
                 prompt=tuple(prompt),
                 sampling=body.sampling(choice),
-                max_tokens=max_tokens,
-                stop=stops,
-                stop_token_ids=stop_ids,
-                ignore_eos=bool(body.ignore_eos),
-                logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs,
+                constraint=constraint and constraint.copy(),
             )
             for prompt in prompts
             for choice in range(body.choices())
         ]
+
+    async def _constraint(self, body: GenerateBody) -> Constraint | None:
+        schema = body.schema_text()
+        if schema is None:
+            return None
+        try:
+            return await asyncio.to_thread(self._grammars.compile, schema)
+        except SchemaRefused as fault:
+            raise ApiError(400, str(fault), "response_format", "unsupported") from fault
 
     def _submit(self, wanted: Sequence[GenerationRequest]) -> list[Generation]:
         """All of the requests or none."""
@@ -253,12 +303,10 @@ class _Service:
                 check_request(one, self._engine)
             for one in wanted:
                 submitted.append(self._engine.submit(one))
-        except RequestRefused as fault:
-            raise ApiError(400, str(fault), fault.param, fault.code) from fault
-        except EngineUnavailable as fault:
+        except (RequestRefused, EngineUnavailable, EngineBusy) as fault:
             for generation in submitted:
                 generation.cancel()
-            raise ApiError(503, str(fault), None, "unavailable") from fault
+            raise _refusal(fault) from fault
         return submitted
 
     async def _answer(
@@ -327,3 +375,19 @@ class _Service:
                 task.cancel()
                 generation.cancel()
                 clock.end("abort")
+
+
+def _client(request: Request, body: GenerateBody) -> str:
+    """Whose request it is: as the body says, else by the address it came from."""
+    if body.user:
+        return f"user {body.user}"
+    return request.client.host if request.client else ""
+
+
+def _refusal(fault: RequestRefused | EngineUnavailable | EngineBusy) -> ApiError:
+    if isinstance(fault, RequestRefused):
+        return ApiError(400, str(fault), fault.param, fault.code)
+    if isinstance(fault, EngineUnavailable):
+        return ApiError(503, str(fault), None, "unavailable")
+    wait = {"Retry-After": str(max(1, math.ceil(fault.retry_after)))}
+    return ApiError(429, str(fault), None, "rate_limit_exceeded", wait)

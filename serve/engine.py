@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from secateur.serve.constraint import Constraint
 from secateur.serve.sampling import SamplingParameters, TokenLogprobs
 from secateur.serve.text import TextCodec
 
@@ -70,6 +71,7 @@ class GenerationRequest:
         logprobs: number of alternatives to report per generated token; None reports nothing.
         prompt_logprobs: the same for the tokens of the prompt.
         client: whose request it is: those who wait take turns by this name.
+        constraint: what the text must look like; its state belongs to this one sequence.
     """
 
     prompt: tuple[int, ...]
@@ -81,6 +83,7 @@ class GenerationRequest:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     client: str = ""
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,7 @@ class Engine(ABC):
         codec: the model's tokenizer.
         vocabulary_size: token ids are below it.
         max_length: prompt and output together may have this many tokens.
+        end_tokens: after these the model itself says that the text is over.
     """
 
     name: str
@@ -206,6 +210,11 @@ class Engine(ABC):
     codec: TextCodec
     vocabulary_size: int
     max_length: int
+    end_tokens: frozenset[int]
+
+    def report(self) -> tuple[str, ...]:
+        """What computes what, in a few lines: layouts, value types, bytes."""
+        return ()
 
     @abstractmethod
     def submit(self, request: GenerationRequest) -> Generation:

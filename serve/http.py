@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import hmac
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from importlib.resources import files
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from secateur.serve.engine import Generation
 from secateur.serve.protocol import ApiError
 
-OPEN_PATHS = ("/health", "/metrics")
+OPEN_PATHS = ("/", "/health", "/metrics")
 CLIENT_CLOSED_REQUEST = 499
+
+
+def page_and_headers() -> tuple[str, dict[str, str]]:
+    """The page at ``/``, and headers that bind it to its own script and its own server."""
+    page = files("secateur.serve").joinpath("page.html").read_text(encoding="utf-8")
+    rules = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"]
+    rules += ["form-action 'none'", "frame-ancestors 'none'"]
+    for kind in ("script", "style"):
+        found = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in found)
+        rules.append(f"{kind}-src " + " ".join(f"'sha256-{one.decode()}'" for one in digests))
+    return page, {
+        "Content-Security-Policy": "; ".join(rules),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
 
 
 class ApiKey:
@@ -42,7 +62,7 @@ class ApiKey:
 async def answer_error(_: Request, fault: Exception) -> Response:
     """The error object of an `ApiError`."""
     assert isinstance(fault, ApiError)
-    return JSONResponse(fault.body(), fault.status)
+    return JSONResponse(fault.body(), fault.status, fault.headers)
 
 
 async def answer_http_error(request: Request, fault: Exception) -> Response:

@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
-from secateur.serve.engine import Engine, Event, Generation
+from secateur.serve.engine import Engine, EngineStats, Event, Generation
+from secateur.serve.status import Speed
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _LABEL = ("model_name",)
+
+
+# Name, help, and the number; those from an engine without a KV cache are 0.
+_GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    ("num_requests_running", "Requests being computed.", lambda stats: stats.running),
+    ("num_requests_waiting", "Requests waiting for their turn.", lambda stats: stats.waiting),
+    (
+        "kv_cache_usage_perc",
+        "Share of the KV cache's pages that running requests hold, 0 to 1.",
+        lambda stats: stats.pages_used / max(stats.pages, 1),
+    ),
+)
+_COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    (
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda stats: stats.prefix_queries,
+    ),
+    ("prefix_cache_hits", "Prompt tokens found there.", lambda stats: stats.prefix_hits),
+    ("num_preemptions", "Requests sent back to wait.", lambda stats: stats.preemptions),
+)
+
+
+class _EngineCollector(Collector):
+    """The numbers that the engine itself keeps, all of one moment."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats, label = self._engine.stats(), [self._engine.model_name]
+        for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, text, number in table:
+                family = kind(f"vllm:{name}", text, labels=_LABEL)
+                family.add_metric(label, number(stats))
+                yield family
 
 
 class ServerMetrics:
@@ -22,11 +62,8 @@ class ServerMetrics:
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
+        self.speed = Speed()
         self._model = engine.model_name
-
-        def gauge(name: str, text: str) -> Gauge:
-            metric = Gauge(f"vllm:{name}", text, _LABEL, registry=self.registry)
-            return metric.labels(self._model)
 
         def counter(name: str, text: str) -> Counter:
             metric = Counter(f"vllm:{name}", text, _LABEL, registry=self.registry)
@@ -38,12 +75,7 @@ class ServerMetrics:
             )
             return metric.labels(self._model)
 
-        gauge("num_requests_running", "Requests being computed.").set_function(
-            lambda: engine.stats().running
-        )
-        gauge("num_requests_waiting", "Requests waiting for their turn.").set_function(
-            lambda: engine.stats().waiting
-        )
+        self.registry.register(_EngineCollector(engine))
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens read.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._success = Counter(
@@ -113,6 +145,7 @@ class RequestClock:
                 metrics.first_token.observe(event.time - generation.submitted)
             self._tokens += 1
             metrics.generation_tokens.inc()
+            metrics.speed.count(event.time)
         self._last = event.time
         if event.finish_reason is not None:
             self.end(event.finish_reason)

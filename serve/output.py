@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secateur.serve.constraint import Mask
 from secateur.serve.engine import Event, FinishReason, GenerationRequest
 from secateur.serve.sampling import TokenLogprobs
 from secateur.serve.text import StopStrings, TextCodec, TokenStream
@@ -36,9 +37,22 @@ class Output:
         self._ends = request.stop_token_ids | (frozenset() if request.ignore_eos else eos)
         self._stream = TokenStream(codec)
         self._stops = StopStrings(request.stop)
+        self._constraint = request.constraint
+
+    def allowed(self) -> Mask | None:
+        """The tokens that may come next, see `Constraint.mask`; None: all.
+
+        Raises:
+            ValueError: see `Constraint.mask`.
+        """
+        return None if self._constraint is None else self._constraint.mask()
 
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> Event:
-        """The event of the next token."""
+        """The event of the next token.
+
+        Raises:
+            ValueError: it was not `allowed`.
+        """
         first = self._first()
         self.tokens.append(token)
         finish: FinishReason | None = None
@@ -46,7 +60,9 @@ class Output:
             text, finish = self._stream.end(), "stop"
         else:
             text = self._stream.feed(token)
-            if len(self.tokens) == self.room:
+            if self._complete(token):
+                finish = "stop"
+            elif len(self.tokens) == self.room:
                 text, finish = text + self._stream.end(), "length"
         text, stopped = self._stops.feed(text)
         if stopped:
@@ -54,6 +70,13 @@ class Output:
         elif finish:
             text += self._stops.end()
         return Event(token, text, logprobs, finish, first)
+
+    def _complete(self, token: int) -> bool:
+        """Whether the text fits its constraint and can only end after this token."""
+        if self._constraint is None:
+            return False
+        self._constraint.accept(token)
+        return self._constraint.ended
 
     def nothing(self) -> Event:
         """The only event of a request that has no room for a token."""

@@ -6,10 +6,13 @@ those in `REFUSED`: to ignore them would give an answer to another question.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from secateur.serve.constraint import ANY_OBJECT
 from secateur.serve.sampling import SamplingParameters
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -18,6 +21,9 @@ Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 MAX_STOPS = 16
 MAX_SEQUENCES = 1024  # prompts × n of one request
+MAX_MESSAGES = 4096
+MAX_BIASES = 4096
+MAX_SCHEMA = 64 * 2**10  # characters
 
 # Body fields that are sampling parameters of the same name.
 PLAIN_FIELDS = (
@@ -36,7 +42,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -63,21 +68,27 @@ class ApiError(Exception):
         message: one sentence for the sender.
         param: the field at fault.
         code: a machine-readable reason.
+        headers: to send with it.
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         """The error object of the OpenAI API."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        if self.status == 401:
-            kind = "authentication_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -96,6 +107,38 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class SchemaFormat(BaseModel):
+    """A JSON schema with a name."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+
+
+class ResponseFormat(BaseModel):
+    """What the text of the answer must look like."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+
+_STRING_OR_SOME = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "null"},
+            {"type": "string", "minLength": 1},
+            {
+                "type": "array",
+                "items": {"type": "string", "minLength": 1},
+                "maxItems": MAX_STOPS,
+            },
+        ]
+    }
+)
+
+
 class GenerateBody(_Body):
     """Fields that both kinds of generation share; None stands for the default."""
 
@@ -103,17 +146,19 @@ class GenerateBody(_Body):
     top_p: Annotated[float, Finite, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Finite, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Finite, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Finite, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Finite, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Any] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=MAX_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Any = None
+    stop: Annotated[Any, _STRING_OR_SOME] = None
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
 
     def choices(self) -> int:
         """Answers wanted per prompt."""
@@ -122,6 +167,26 @@ class GenerateBody(_Body):
     def wants_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def schema_text(self) -> str | None:
+        """The JSON schema that the answer must fit, as JSON; None if any text will do.
+
+        Raises:
+            ApiError: a schema is announced and missing, or it is too large.
+        """
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return ANY_OBJECT
+        if wanted.json_schema is None:
+            raise ApiError(400, "json_schema needs a schema", "response_format")
+        text = json.dumps(wanted.json_schema.schema_)
+        if len(text) > MAX_SCHEMA:
+            raise ApiError(
+                400, f"the schema is larger than {MAX_SCHEMA} characters", "response_format"
+            )
+        return text
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings.
@@ -169,10 +234,23 @@ class GenerateBody(_Body):
         return tuple(biases)
 
 
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPTS = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1},
+            _TOKENS,
+            {"type": "array", "items": _TOKENS, "minItems": 1},
+        ]
+    }
+)
+
+
 class CompletionBody(GenerateBody):
     """``POST /v1/completions``."""
 
-    prompt: Any
+    prompt: Annotated[Any, _PROMPTS]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Alternatives | None = None
     echo: bool | None = None
@@ -233,10 +311,13 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatBody(GenerateBody):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -259,7 +340,7 @@ class TokenizeBody(_Body):
     """``POST /tokenize``: of a text, or of a conversation."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
 
 

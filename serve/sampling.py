@@ -1,6 +1,7 @@
 """From logits to a token: pure numpy functions, the same for every engine.
 
-Order: logit_bias → penalties → temperature (0: argmax) → min_p → top_k → top_p → draw.
+Order: logit_bias → penalties → allowed tokens → temperature (0: argmax) → min_p → top_k → top_p →
+draw.
 Log-probabilities are those of the model itself: before bias, penalties and temperature.
 """
 
@@ -144,8 +145,18 @@ def sample(
     prompt: Sequence[int],
     output: Sequence[int],
     generator: np.random.Generator,
+    allowed: NDArray[np.uint32] | None = None,
 ) -> int:
     """Choose the next token; takes one number from ``generator`` unless the choice is greedy.
+
+    Args:
+        logits: (vocabulary,), as the model gave them.
+        parameters: how to choose.
+        prompt: token ids of the prompt.
+        output: token ids generated so far.
+        generator: of this sequence.
+        allowed: one bit per token, lowest first, uint32 ``[ceil(vocabulary / 32)]``: only these
+            tokens can be chosen; None: all. Applied after bias and penalties.
 
     Raises:
         ValueError: the logits hold NaN, or nothing finite: the model is broken.
@@ -153,6 +164,11 @@ def sample(
     scores = adjusted(logits, parameters, prompt, output)
     if not np.isfinite(scores.max()):
         raise ValueError("the model's logits are not numbers (NaN or infinite)")
+    if allowed is not None:
+        bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")[: len(scores)]
+        scores[bits == 0] = -np.inf
+        if scores.max() == -np.inf:
+            raise ValueError("no token is both allowed and possible")
     if parameters.temperature < GREEDY_BELOW:
         return int(scores.argmax())
     return draw(*distribution(scores, parameters), generator.random())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from secateur.errors import EnvironmentFault
 from secateur.serve.app import create_app
 from secateur.serve.engine import Engine
 
-GRACE_SECONDS = 5.0  # running requests get this long to finish after a signal
+HEADER_BYTES = 64 * 2**10
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -53,21 +54,32 @@ def listen(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """Announces itself when ready; on a signal the engine finishes what it can."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, ready: str) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, ready: str, drain_seconds: float
+    ) -> None:
         super().__init__(config)
         self._engine = engine
         self._ready = ready
+        self._drain_seconds = drain_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self._ready, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._engine.drain(0.0 if self.should_exit else GRACE_SECONDS)
-        super().handle_exit(sig, frame)
+        self._engine.drain(0.0 if self.should_exit else self._drain_seconds)
+        if not self.should_exit:  # a second signal ends the requests, not their connections
+            super().handle_exit(sig, frame)
 
 
-def run(engine: Engine, listener: socket.socket, *, host: str, api_key: str | None) -> None:
+def run(
+    engine: Engine,
+    listener: socket.socket,
+    *,
+    host: str,
+    api_key: str | None,
+    drain_seconds: float,
+) -> None:
     """Serve until SIGINT or SIGTERM, then return.
 
     Args:
@@ -75,6 +87,7 @@ def run(engine: Engine, listener: socket.socket, *, host: str, api_key: str | No
         listener: from `listen`; closed at the end.
         host: as the user gave it, for the ready line.
         api_key: see `create_app`.
+        drain_seconds: running requests get this long to finish after a signal.
     """
     port = listener.getsockname()[1]
     if api_key is None and not host.startswith(("127.", "localhost", "::1")):
@@ -92,14 +105,16 @@ def run(engine: Engine, listener: socket.socket, *, host: str, api_key: str | No
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(GRACE_SECONDS) + 5,
+        http="h11",
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_graceful_shutdown=math.ceil(drain_seconds) + 5,
     )
     # uvicorn raises the signal again when it is done; the end it announces is not an error here.
     ignored = {
         number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        _Server(config, engine, ready).run(sockets=[listener])
+        _Server(config, engine, ready, drain_seconds).run(sockets=[listener])
     finally:
         for number, handler in ignored.items():
             signal.signal(number, handler)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -25,46 +22,86 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet | {chr(256 + place): byte for place, byte in enumerate(hidden)}
 
 
+class Tokenizer(Protocol):
+    """What a codec needs of a tokenizer: a part of what those of transformers have."""
+
+    chat_template: Any
+    eos_token_id: Any
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the named special tokens."""
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """The tokens besides the vocabulary of the pieces, by id."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text."""
+
+    def convert_ids_to_tokens(self, token: int) -> Any:
+        """The piece with this id; None where the vocabulary has a gap."""
+
+    def apply_chat_template(
+        self, messages: Any, *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any:
+        """A conversation as text."""
+
+
 class TextCodec:
-    """A tokenizer with the bytes of every token at hand; safe to use from several threads.
+    """A tokenizer that knows the bytes of every token; safe to use from several threads.
 
     Args:
-        tokenizer: a transformers tokenizer, byte-level or sentencepiece-like.
+        tokenizer: byte-level or sentencepiece-like.
 
     Attributes:
+        tokenizer: as given.
         special: ids of the special tokens: they have no text in an answer.
         eos_token_id: the tokenizer's end-of-sequence token, if it has one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self.special: frozenset[int] = frozenset(tokenizer.all_special_ids)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        self._bytes = _bytes_of_tokens(tokenizer)
-        self.special |= {
-            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        added = tokenizer.added_tokens_decoder
+        self.special = frozenset(tokenizer.all_special_ids) | {
+            token for token, entry in added.items() if entry.special
         }
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+        self._alphabet = _byte_alphabet() if byte_level else {}
+        self._bytes = {token: str(entry).encode() for token, entry in added.items()}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; ``special`` adds what the model expects around it (BOS)."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-        return ids
+        return self.tokenizer.encode(text, add_special_tokens=special)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the model says how a conversation is written."""
-        return bool(self._tokenizer.chat_template)
+        return bool(self.tokenizer.chat_template)
 
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
         """A conversation as the model's chat template writes it, up to the assistant's turn."""
-        rendered: str = self._tokenizer.apply_chat_template(
+        rendered: str = self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
         )
         return rendered
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token; of a special token its name."""
-        return self._bytes[token] if token < len(self._bytes) else b""
+        """The bytes of one token: of a special token its name, of an unused id none."""
+        raw = self._bytes.get(token)
+        if raw is None:
+            raw = self._bytes[token] = self._piece_bytes(token)
+        return raw
+
+    def _piece_bytes(self, token: int) -> bytes:
+        piece: str = self.tokenizer.convert_ids_to_tokens(token) or ""
+        if self._alphabet and all(letter in self._alphabet for letter in piece):
+            return bytes(self._alphabet[letter] for letter in piece)
+        if match := _BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(match[1])
+        return piece.replace("\u2581", " ").encode()
 
     def token_text(self, token: int) -> str:
         r"""One token for display; ``bytes:\xe2\x80`` if it is not whole characters."""
@@ -78,27 +115,6 @@ class TextCodec:
         """The text of some tokens; bytes that form no character become U+FFFD."""
         stream = TokenStream(self, keep_special=keep_special)
         return "".join(map(stream.feed, tokens)) + stream.end()
-
-
-def _bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = getattr(backend, "decoder", None)
-    byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
-    alphabet = _byte_alphabet() if byte_level else {}
-    added = {token: str(entry) for token, entry in tokenizer.added_tokens_decoder.items()}
-    table = []
-    for token, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
-        if token in added:
-            table.append(added[token].encode())
-        elif piece is None:  # a gap in the vocabulary
-            table.append(b"")
-        elif byte_level and all(letter in alphabet for letter in piece):
-            table.append(bytes(alphabet[letter] for letter in piece))
-        elif match := _BYTE_TOKEN.fullmatch(piece):
-            table.append(bytes.fromhex(match[1]))
-        else:
-            table.append(piece.replace("\u2581", " ").encode())
-    return table
 
 
 class TokenStream:

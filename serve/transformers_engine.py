@@ -94,7 +94,10 @@ class _Sequence:
         if self.output.room == 0:
             return self.output.nothing()
         request, before = self.request, self.output.tokens
-        token = sampling.sample(logits, request.sampling, request.prompt, before, self.random)
+        allowed = self.output.allowed()
+        token = sampling.sample(
+            logits, request.sampling, request.prompt, before, self.random, allowed
+        )
         details = None
         if request.logprobs is not None:
             details = sampling.logprobs(logits, token, request.logprobs)
@@ -136,7 +139,7 @@ class TransformersEngine(Engine):
         self.max_length = int(known or DEFAULT_MAX_LENGTH)
         dtype = str(model.dtype).removeprefix("torch.")
         self.description = f"{dtype}, {threads} threads, maximum length {self.max_length}"
-        self._eos = _end_tokens(model, codec)
+        self.end_tokens = _end_tokens(model, codec)
         self._model = model
         self._short_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._threads = threads
@@ -169,6 +172,10 @@ class TransformersEngine(Engine):
     def unavailable(self) -> str | None:
         """Why the engine takes no requests, or None."""
         return self._refusing
+
+    def report(self) -> tuple[str, ...]:
+        """What computes the packed linears."""
+        return tuple(map(str, kernel_report(self._model)))
 
     def drain(self, seconds: float) -> None:
         """Take no more requests; see `Engine.drain`."""
@@ -211,7 +218,7 @@ class TransformersEngine(Engine):
                 generation = self._waiting.popleft()
                 if not generation.cancelled:
                     request = generation.request
-                    output = Output(request, self.codec, self._eos, self.max_length)
+                    output = Output(request, self.codec, self.end_tokens, self.max_length)
                     self._running.append(_Sequence(generation, output))
         return True
 

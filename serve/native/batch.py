@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -116,9 +117,7 @@ def answer(
     """
     runs = [run for run, _ in questions.choices]
     rows = [row for _, row in questions.choices]
-    tokens = sampling.sample(
-        [run.sampler for run in runs], logits, rows, [run.uniform() for run in runs]
-    )
+    tokens = _choose(runs, rows, logits)
     wanting = [
         run.request.logprobs is not None and token != sampling.REFUSED
         for run, token in zip(runs, tokens, strict=True)
@@ -136,3 +135,26 @@ def answer(
         for token, wants in zip(tokens, wanting, strict=True)
     ]
     return choices, scores
+
+
+def _choose(runs: list[Run], rows: list[int], logits: Floats) -> list[int]:
+    """Sample a token for each run; log-probabilities are read from ``logits``: these stay."""
+    if any(run.request.constraint is not None for run in runs):
+        logits, rows = logits[rows], list(range(len(rows)))
+        for row, run in zip(logits, runs, strict=True):
+            if run.request.constraint is not None:
+                row[~_allowed(run, len(row))] = -np.inf
+    return sampling.sample(
+        [run.sampler for run in runs], logits, rows, [run.uniform() for run in runs]
+    )
+
+
+def _allowed(run: Run, vocabulary_size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which tokens may come next; none, so that the run fails alone, if its grammar fails."""
+    try:
+        mask = run.output.allowed()
+    except ValueError:
+        return np.zeros(vocabulary_size, dtype=np.bool_)
+    assert mask is not None
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=vocabulary_size)
+    return bits.view(np.bool_)

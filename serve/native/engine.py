@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterable
 
 from secateur.serve.engine import (
     Engine,
@@ -35,7 +36,7 @@ from secateur.serve.text import TextCodec
 
 LONGEST_RETRY = 60.0  # seconds
 
-NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite)"
+NOT_NUMBERS = "the logits are not numbers (NaN or infinite), or the schema allows no token"
 
 Outcomes = dict[Run, Event | GenerationFault]
 
@@ -47,11 +48,11 @@ class NativeEngine(Engine):
         model: from now on only the worker touches it, and closes it at the end.
         codec: its tokenizer.
         model_name: the name to serve it under.
-        threads: CPU threads of the model, for the description.
         max_running: requests computed at once; more wait.
         max_waiting: requests that wait; more are refused as `EngineBusy`.
         token_budget: prompt tokens of a step, besides one token of each running request.
         deadline: seconds that a request may take, waiting included; None: any.
+        report: see `Engine.report`.
     """
 
     name = "native"
@@ -62,19 +63,21 @@ class NativeEngine(Engine):
         codec: TextCodec,
         *,
         model_name: str,
-        threads: int,
         max_running: int = 64,
         max_waiting: int = 256,
         token_budget: int = 256,
         deadline: float | None = None,
+        report: Iterable[str] = (),
     ) -> None:
         self.model_name = model_name
         self.codec = codec
         self.vocabulary_size = model.vocabulary_size
         self.max_length = min(model.max_length, model.pages * model.page_tokens)
-        self.description = (
-            f"{model.description}, {threads} threads, maximum length {self.max_length}"
-        )
+        self.end_tokens = model.eos_token_ids
+        if not self.end_tokens and codec.eos_token_id is not None:
+            self.end_tokens = frozenset({codec.eos_token_id})
+        self.description = model.description
+        self._report = tuple(report)
         self._model = model
         self._pool = PagePool(model.pages, model.page_tokens)
         self._scheduler: Scheduler[Run] = Scheduler(
@@ -92,7 +95,7 @@ class NativeEngine(Engine):
         """Queue a request; see `Engine.submit`."""
         check_request(request, self)
         generation = Generation(request)
-        output = Output(request, self.codec, self._model.eos_token_ids, self.max_length)
+        output = Output(request, self.codec, self.end_tokens, self.max_length)
         run = Run(generation, output)
         with self._changed:
             if self._refusing is not None:
@@ -118,6 +121,10 @@ class NativeEngine(Engine):
                 prefix_hits=scheduler.prefix_hits,
                 preemptions=scheduler.preemptions,
             )
+
+    def report(self) -> tuple[str, ...]:
+        """What computes what."""
+        return self._report
 
     def unavailable(self) -> str | None:
         """Why the engine takes no requests, or None."""
@@ -213,7 +220,10 @@ class NativeEngine(Engine):
                 outcomes[run] = _failed(ValueError(NOT_NUMBERS))
             elif run not in outcomes:
                 run.tokens.append(token)
-                outcomes[run] = run.output.add(token, details)
+                try:
+                    outcomes[run] = run.output.add(token, details)
+                except ValueError as fault:  # of the grammar that the text has to follow
+                    outcomes[run] = _failed(fault)
         return outcomes
 
     def _finish_step(self, plan: Plan[Run], outcomes: Outcomes) -> None:

@@ -18,9 +18,10 @@ from secateur.errors import UsageError
 from secateur.model import StreamedModel
 from secateur.pattern import Pattern
 from secateur.prune import find_method, memory, plan, prune_model, work
-from secateur.prune.memory import MemoryPlan, parse_size, plan_memory
+from secateur.prune.memory import MemoryPlan, plan_memory
 from secateur.prune.method import Method
 from secateur.recipe import Calibration, Prune
+from secateur.sizes import parse_size
 from secateur.statistics import InputStatistics
 from secateur.walk import Walk
 

@@ -51,20 +51,17 @@ def make_tokenizer() -> Any:
     )
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model directory."""
+def make_llama(directory: Path, hidden: int = 64, layers: int = 2) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
@@ -77,6 +74,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model directory."""
+    return make_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that takes tens of seconds to fill its context."""
+    return make_llama(tmp_path_factory.mktemp("models") / "slow-llama", hidden=1024, layers=6)
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +137,13 @@ def start_server(directory: Path, *options: str, **environment: str) -> Server:
     return Server(process, found[1], ready)
 
 
-@pytest.fixture(scope="session")
-def server(tiny: Path) -> Iterator[Server]:
-    running = start_server(tiny)
+ENGINES = {"native": ("--engine", "native", "--kv-cache-type", "fp32")}
+ENGINES["transformers"] = ("--engine", "transformers")
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def server(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Server]:
+    running = start_server(tiny, *ENGINES[request.param])
     yield running
     assert running.stop(signal.SIGINT) == 0
 

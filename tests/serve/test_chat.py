@@ -98,7 +98,7 @@ def test_small_pages(server: Any, client: openai.OpenAI) -> None:
     assert client.models.retrieve(NAME).owned_by == "secateur"
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{server.url}/version").json() == {"version": secateur.__version__}
-    assert "engine: transformers; float32" in server.ready
+    assert "engine: " in server.ready
 
 
 def test_metrics(server: Any, client: openai.OpenAI) -> None:

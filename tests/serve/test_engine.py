@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastapi.testclient import TestClient
+from starlette.testclient import TestClient
 
 from secateur.serve import load
 from secateur.serve.app import create_app
@@ -99,10 +99,10 @@ def test_a_model_without_chat_template(engine: TransformersEngine) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}]}
     template = "{{ raise_exception('roles must alternate') }}"
     with TestClient(create_app(engine)) as client:
-        engine.codec._tokenizer.chat_template = template
+        engine.codec.tokenizer.chat_template = template
         refused = client.post("/v1/chat/completions", json=body).json()["error"]
         assert "roles must alternate" in refused["message"]
-        engine.codec._tokenizer.chat_template = None
+        engine.codec.tokenizer.chat_template = None
         refused = client.post("/v1/chat/completions", json=body).json()["error"]
         assert refused["code"] == "no_chat_template"
 
@@ -139,7 +139,7 @@ def test_draining_aborts_after_the_time(engine: TransformersEngine) -> None:
 
 
 def test_more_requests_than_run_at_once_wait(tiny: Path) -> None:
-    engine = load(tiny, threads=1)
+    engine = load(tiny, engine="transformers", threads=1)
     assert isinstance(engine, TransformersEngine)
     engine._max_running = 2
 

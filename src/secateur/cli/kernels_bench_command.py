@@ -79,8 +79,8 @@ def kernels(
     from secateur.bench.kernel_results import KernelSettings, parse_shapes
     from secateur.bench.kernels import measure_kernels
     from secateur.compile import cpu
-    from secateur.prune.memory import parse_size
     from secateur.recipe import validate
+    from secateur.sizes import parse_size
 
     settings = validate(
         KernelSettings,

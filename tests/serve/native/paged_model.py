@@ -118,7 +118,7 @@ def decoded_so_far(raw: bytes) -> str:
 
 @contextmanager
 def engine_on(model: Pages, **options: Any) -> Iterator[NativeEngine]:
-    engine = NativeEngine(model, Letters(), model_name="letters", threads=1, **options)
+    engine = NativeEngine(model, Letters(), model_name="letters", **options)
     try:
         yield engine
     finally:
