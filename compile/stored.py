@@ -14,8 +14,15 @@ from typing import Any, Literal
 import numpy as np
 
 from secateur.bits import unpack_bits
-from secateur.compile.config import BITMASK, LIMITS, MAKE_AGAIN, SCALES, VALUES
-from secateur.compile.config import PackedConfig, PackedLayer
+from secateur.compile.config import (
+    BITMASK,
+    LIMITS,
+    MAKE_AGAIN,
+    SCALES,
+    VALUES,
+    PackedConfig,
+    PackedLayer,
+)
 from secateur.errors import ModelError
 from secateur.recipe import ValueType
 
