@@ -147,12 +147,27 @@ def read_architecture(directory: str | Path) -> Architecture:
     if (why := _obstacle(config)) is not None:
         raise ModelError(f"the native engine cannot run {path}: {why}", _FALL_BACK)
     try:
-        return _architecture(config, _eos(path, config))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError) as fault:
+        architecture = _architecture(config, _eos(path, config))
+        _check(architecture)
+    except (TypeError, ValueError, LookupError, ZeroDivisionError, AttributeError) as fault:
         raise ModelError(
             f"{path / CONFIG} is not a config of {config['model_type']}: {fault!r}",
             "copy the file again",
         ) from fault
+    return architecture
+
+
+def _check(a: Architecture) -> None:
+    """What the decoder relies on, by which the cache is measured."""
+    extents = {"hidden_size": a.hidden, "num_hidden_layers": a.layers, "head_dim": a.head_dim}
+    extents |= {"num_key_value_heads": a.kv_heads, "max_position_embeddings": a.max_length}
+    for key, extent in extents.items():
+        if extent < 1:
+            raise ValueError(f"{key} is {extent}")
+    if a.heads % a.kv_heads:
+        raise ValueError(f"{a.heads} heads for {a.kv_heads} KV heads")
+    if a.head_dim > 1024:
+        raise ValueError(f"a head_dim of {a.head_dim}, of at most 1024")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -249,7 +264,7 @@ def _architecture(config: dict[str, Any], eos: frozenset[int]) -> Architecture:
     hidden, heads, layers = (
         int(config[key]) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
-    head_dim = int(get("head_dim") or hidden // heads)
+    head_dim = get("head_dim") or hidden // heads
     kinds = _layer_types(config, layers)
     parameters = _rope_parameters(config)
     names = list(parameters)

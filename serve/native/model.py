@@ -170,12 +170,10 @@ def page_bytes(architecture: Architecture, kv_type: KvType) -> int:
 
 
 def _build(a: Architecture, weights: Weights, kv_type: KvType, pages: int, max_length: int) -> Any:
-    from secateur.compile import _kernels
-
     offset = 1.0 if a.family.gemma else 0.0
     embedding, kind = weights.table("model.embed_tokens.weight", (a.vocabulary, a.hidden))
     head = "model.embed_tokens.weight" if a.tied else "lm_head.weight"
-    decoder = _kernels.decoder(
+    decoder = cpu._native().decoder(
         hidden=a.hidden,
         intermediate=a.intermediate,
         heads=a.heads,
