@@ -146,8 +146,9 @@ class Pattern:
         if self.is_nm:
             # Column by column of the groups: numpy is slow at sums of few elements.
             first = blocks[:, 0].view(np.uint8)
-            kind = np.uint8 if self.m < 256 else np.int64
-            counts = sum(first[:, i :: self.m].astype(kind) for i in range(self.m))
+            counts = np.zeros((len(first), columns // self.m), np.min_scalar_type(self.m))
+            for i in range(self.m):
+                counts += first[:, i :: self.m]
             if (wrong := counts != self.n).any():
                 row, group = map(int, np.argwhere(wrong)[0])
                 raise ValueError(

@@ -18,10 +18,10 @@ from secateur.serve.native.model import NativeModel
 from secateur.serve.native.rope import make_rope
 
 SIZES = {
-    "hidden_size": 64,
+    "hidden_size": 512,
     "intermediate_size": 96,
     "num_hidden_layers": 12,
-    "num_attention_heads": 4,
+    "num_attention_heads": 32,
     "vocab_size": 50,
 }
 
@@ -65,12 +65,12 @@ def test_a_damaged_config_is_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError, match=why):
             obstacle(tmp_path)
-    with pytest.raises(ModelError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         obstacle(tmp_path / "nowhere")
     for wrong in (
         {"num_attention_heads": 0},
         {"num_hidden_layers": -1},
-        {"num_key_value_heads": 3},
+        {"num_key_value_heads": 5},
         {"head_dim": 4000},
         {"head_dim": "16"},
         {"model_type": "gemma2", "layer_types": ["full_attention"]},

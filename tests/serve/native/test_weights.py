@@ -1,4 +1,4 @@
-"""Damaged files are refused with the name of the tensor; sizes in memory are what they should be."""
+"""Damaged files are refused with the name of the tensor; memory holds the packed form alone."""
 
 from __future__ import annotations
 
