@@ -46,7 +46,8 @@ std::vector<Linear> linears(const std::vector<Part> &parts) {
     return made;
 }
 
-template <typename T> T named(const std::string &name, std::initializer_list<std::pair<const char *, T>> known) {
+template <typename T>
+T named(const std::string &name, std::initializer_list<std::pair<const char *, T>> known) {
     for (const auto &[text, value] : known)
         if (name == text) return value;
     throw std::invalid_argument("unknown name: " + name);
@@ -66,7 +67,8 @@ Owner *make(Index hidden, Index intermediate, Index heads, Index kv_heads, Index
            const std::string &cache_type, Index pages) {
     const auto function = named<Activation>(activation, {{"silu", Activation::silu}, {"gelu", Activation::gelu},
                                                          {"gelu_tanh", Activation::gelu_tanh}});
-    const auto type = named<Type>(embedding_type, {{"fp32", Type::fp32}, {"bf16", Type::bf16}, {"fp16", Type::fp16}});
+    const auto type = named<Type>(embedding_type, {{"fp32", Type::fp32}, {"bf16", Type::bf16},
+                                                   {"fp16", Type::fp16}});
     const auto cache = named<CacheType>(cache_type, {{"fp32", CacheType::fp32}, {"fp16", CacheType::fp16},
                                                      {"int8", CacheType::int8}});
     if (Index(embedding.shape(0)) != vocabulary || Index(embedding.shape(1)) != hidden * bits_of(type) / 8)
@@ -95,7 +97,8 @@ nb::object step(nb::handle self, const Ints &tokens, const Ints &starts, const I
     if (starts.size() != positions.size() + 1 || tables.shape(0) != positions.size())
         throw std::invalid_argument("not one start, position and page table for each sequence");
     const Batch batch{tokens.data(), starts.data(), positions.data(), tables.data(), wanted.data(),
-                      Index(tokens.size()), Index(positions.size()), Index(tables.shape(1)), Index(wanted.size())};
+                      Index(tokens.size()), Index(positions.size()), Index(tables.shape(1)),
+                      Index(wanted.size())};
     const float *logits;
     {
         const nb::gil_scoped_release release;
