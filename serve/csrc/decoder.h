@@ -57,8 +57,8 @@ struct Batch {
 class Decoder {
   public:
     // Throws std::invalid_argument if the parts do not fit each other.
-    Decoder(const Dimensions &shape, std::vector<Rope> ropes, Table embedding, Floats norm, std::vector<Linear> head,
-            CacheType cache, Index pages);
+    Decoder(const Dimensions &shape, std::vector<Rope> ropes, Table embedding, Floats norm,
+            std::vector<Linear> head, CacheType cache, Index pages);
     void add_layer(Layer layer);
 
     // Logits [wanted, vocabulary], good until the next step.
@@ -78,10 +78,10 @@ class Decoder {
     void check(const Batch &batch);
     void check_pages(const Batch &batch);
     void embed(const Batch &batch);
-    void place(const Batch &batch);
-    void plan(const Batch &batch);
+    void place(const Batch &batch);  // where tokens stand, sines and cosines
+    void plan(const Batch &batch);   // the units
     void attention(const Batch &batch, Index layer);
-    void keep(const Batch &batch, Index layer);  // norms, angles, cache
+    void keep(const Batch &batch, Index layer);  // keys and values, in the cache
     void attend(const Batch &batch, Index layer, const Unit &unit);
     void mlp(const Layer &layer, Index count);
     void join(const Floats &after, const Floats *next, Index count);
@@ -96,7 +96,7 @@ class Decoder {
     std::vector<Layer> layers_;
 
     std::mutex busy_;
-    std::vector<std::int32_t> uses_;  // of each page, by the batch
+    std::vector<std::int32_t> uses_;  // of each page, while a batch is checked
     std::vector<Index> sequence_of_, position_of_;
     std::vector<Unit> units_;
     struct {

@@ -162,6 +162,7 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
         const Index head = unit.head * group + (unit.first + r) % group;
         float *out = mixed_.data() + ((start + token_of(r)) * d.heads + head) * d.head_dim;
         for (Index i = 0; i < d.head_dim; ++i)
-            out[i] = sums[(r / kRows * chunks + i / kTileRows) * tile + r % kRows * kTileRows + i % kTileRows] / totals[r];
+            out[i] = sums[(r / kRows * chunks + i / kTileRows) * tile + r % kRows * kTileRows +
+                          i % kTileRows] / totals[r];
     }
 }

@@ -15,7 +15,8 @@ Cache::Cache(CacheType type, Index layers, Index heads, Index head_dim, Index pa
       scales_at_(key_bytes_ + chunks_ * kPageTokens * kPageTokens * width_),
       page_bytes_(round_up(scales_at_ + (type == CacheType::int8 ? 2 * kPageTokens * 4 : 0), 64)) {
     // calloc: large pieces come from the system untouched
-    data_.reset(static_cast<std::uint8_t *>(std::calloc(std::size_t(layers * pages), std::size_t(heads * page_bytes_))));
+    void *untouched = std::calloc(std::size_t(layers * pages), std::size_t(heads * page_bytes_));
+    data_.reset(static_cast<std::uint8_t *>(untouched));
     if (!data_) throw std::bad_alloc();
 }
 
@@ -38,7 +39,8 @@ void Cache::write(Index layer, Index page, Index head, Index slot, const float *
     std::uint8_t *keys = at(layer, page, head), *values = keys + key_bytes_;
     const DecoderKernels &k = decoder_kernels();
     if (type_ == CacheType::fp32) {
-        scatter(key, value, head_dim_, slot, reinterpret_cast<float *>(keys), reinterpret_cast<float *>(values));
+        scatter(key, value, head_dim_, slot, reinterpret_cast<float *>(keys),
+                reinterpret_cast<float *>(values));
     } else if (type_ == CacheType::fp16) {
         std::uint16_t halves[2][kMostHeadDim];
         k.narrow_half(key, head_dim_, halves[0]);

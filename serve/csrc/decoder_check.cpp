@@ -15,7 +15,8 @@ void check_rows(const std::vector<Linear> &linears, const std::vector<Index> &ro
     Index all = 0;
     for (const Index count : rows) all += count;
     const bool fused = linears.size() == 1;
-    if (!fused && linears.size() != rows.size()) refuse(std::string(what) + ": " + text(Index(linears.size())) + " matrices");
+    if (!fused && linears.size() != rows.size())
+        refuse(std::string(what) + ": " + text(Index(linears.size())) + " matrices");
     for (std::size_t i = 0; i < linears.size(); ++i) {
         if (!linears[i].matrix) refuse(std::string(what) + " is missing");
         const View &m = linears[i].matrix->view();
@@ -24,7 +25,8 @@ void check_rows(const std::vector<Linear> &linears, const std::vector<Index> &ro
             refuse(std::string(what) + " is [" + text(m.rows) + ", " + text(m.columns) + "], not [" +
                    text(wanted) + ", " + text(columns) + "]");
         if (!linears[i].bias.empty() && Index(linears[i].bias.size()) != wanted)
-            refuse(std::string(what) + ": " + text(Index(linears[i].bias.size())) + " biases for " + text(wanted) + " rows");
+            refuse(std::string(what) + ": " + text(Index(linears[i].bias.size())) + " biases for " +
+                   text(wanted) + " rows");
     }
 }
 
@@ -40,7 +42,7 @@ Decoder::Decoder(const Dimensions &shape, std::vector<Rope> ropes, Table embeddi
                  std::vector<Linear> head, CacheType cache, Index pages)
     : shape_(checked(shape, pages)), ropes_(std::move(ropes)), embedding_(embedding), norm_(std::move(norm)),
       head_(std::move(head)), cache_(cache, shape.layers, shape.kv_heads, shape.head_dim, pages),
-      cosines_(ropes_.size()), sines_(ropes_.size()) {
+      uses_(std::size_t(pages), 0), cosines_(ropes_.size()), sines_(ropes_.size()) {
     for (const Rope &rope : ropes_)
         if (rope.frequencies.empty() || 2 * Index(rope.frequencies.size()) > shape.head_dim)
             refuse(text(Index(rope.frequencies.size())) + " frequencies for heads of " + text(shape.head_dim));
@@ -50,9 +52,11 @@ Decoder::Decoder(const Dimensions &shape, std::vector<Rope> ropes, Table embeddi
 
 Dimensions Decoder::checked(const Dimensions &d, Index pages) {
     constexpr Index kMost = Index(1) << 24;
-    for (const Index extent : {d.hidden, d.intermediate, d.heads, d.kv_heads, d.head_dim, d.vocabulary, d.layers, d.max_length, pages})
+    for (const Index extent : {d.hidden, d.intermediate, d.heads, d.kv_heads, d.head_dim, d.vocabulary,
+                               d.layers, d.max_length, pages})
         if (extent < 1 || extent > kMost) refuse("an extent of " + text(extent));
-    if (d.head_dim > kMostHeadDim) refuse("heads of " + text(d.head_dim) + "; at most " + text(kMostHeadDim) + " are supported");
+    if (d.head_dim > kMostHeadDim)
+        refuse("heads of " + text(d.head_dim) + ", of at most " + text(kMostHeadDim));
     if (d.heads % d.kv_heads) refuse(text(d.heads) + " heads for " + text(d.kv_heads) + " KV heads");
     return d;
 }
@@ -81,7 +85,8 @@ void Decoder::check(const Batch &b) {
         refuse(text(Index(layers_.size())) + " layers of " + text(shape_.layers) + " were added");
     if (b.sequences < 1 || b.count < 1) refuse("the batch is empty");
     if (b.starts[0] != 0 || b.starts[b.sequences] != b.count)
-        refuse("starts go from " + text(b.starts[0]) + " to " + text(b.starts[b.sequences]) + " for " + text(b.count) + " tokens");
+        refuse("starts go from " + text(b.starts[0]) + " to " + text(b.starts[b.sequences]) + " for " +
+               text(b.count) + " tokens");
     for (Index i = 0; i < b.count; ++i)
         if (b.tokens[i] < 0 || b.tokens[i] >= shape_.vocabulary)
             refuse("token " + text(b.tokens[i]) + " is not in the vocabulary of " + text(shape_.vocabulary));
@@ -93,7 +98,8 @@ void Decoder::check(const Batch &b) {
         const std::string who = "sequence " + text(s) + ": ";
         if (tokens < 1) refuse(who + text(tokens) + " tokens");
         if (b.positions[s] < 0 || length > shape_.max_length)
-            refuse(who + "position " + text(b.positions[s]) + " and " + text(tokens) + " tokens, of at most " + text(shape_.max_length));
+            refuse(who + "position " + text(b.positions[s]) + " and " + text(tokens) +
+                   " tokens, of at most " + text(shape_.max_length));
         if ((length + kPageTokens - 1) / kPageTokens > b.table_width)
             refuse(who + text(length) + " tokens in " + text(b.table_width) + " pages of " + text(kPageTokens));
     }
@@ -113,10 +119,11 @@ void Decoder::check_pages(const Batch &b) {
         if (page < 0 || page >= cache_.pages())
             refuse("sequence " + text(s) + ": page " + text(page) + " of " + text(cache_.pages()));
     });
-    uses_.assign(std::size_t(cache_.pages()), 0);
+    Index shared = -1;
     each([&](Index, Index page, bool) { ++uses_[std::size_t(page)]; });
-    each([&](Index s, Index page, bool written) {
-        if (written && uses_[std::size_t(page)] > 1)
-            refuse("sequence " + text(s) + ": page " + text(page) + " is written to and used elsewhere");
+    each([&](Index, Index page, bool written) {
+        if (written && uses_[std::size_t(page)] > 1) shared = page;
     });
+    each([&](Index, Index page, bool) { uses_[std::size_t(page)] = 0; });
+    if (shared >= 0) refuse("page " + text(shared) + " is written to and used elsewhere");
 }

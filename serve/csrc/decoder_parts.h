@@ -19,11 +19,13 @@ inline void grow(Floats &room, Index size) {
 }
 
 // Products with the same inputs [count, columns]; their outputs lie one after the other.
-inline void multiply_all(const std::vector<Linear> &linears, const float *x, Index columns, Index count, float *y) {
+inline void multiply_all(const std::vector<Linear> &linears, const float *x, Index columns, Index count,
+                         float *y) {
     std::vector<Factor> factors;
     factors.reserve(linears.size());
     for (const Linear &linear : linears) {
-        factors.push_back({linear.matrix.get(), linear.act8, linear.bias.empty() ? nullptr : linear.bias.data(), y});
+        const float *bias = linear.bias.empty() ? nullptr : linear.bias.data();
+        factors.push_back({linear.matrix.get(), linear.act8, bias, y});
         y += linear.matrix->view().rows * count;
     }
     multiply(factors, x, columns, count);

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 
 #include "decoder_parts.h"
 
@@ -114,6 +113,8 @@ const float *Decoder::logits(const Batch &batch) {
     });
     multiply_all(head_, normed_.data(), width, count, logits_.data());
     if (shape_.logit_cap > 0)
-        each_token(count, vocabulary, [&](Index w) { k.cap(shape_.logit_cap, vocabulary, logits_.data() + w * vocabulary); });
+        each_token(count, vocabulary, [&](Index w) {
+            k.cap(shape_.logit_cap, vocabulary, logits_.data() + w * vocabulary);
+        });
     return logits_.data();
 }
