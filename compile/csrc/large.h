@@ -145,8 +145,8 @@ void tile(const float *w, const std::int32_t *place, const float *x, Index count
 // ---------------------------------------------------------------------------------- skipped zeros
 
 template <Type V>
-void list_of(const View &m, Index panel, Index from, Index to, std::int32_t step, float *weights,
-             std::int32_t *places, std::int32_t *counts) {
+void list_of(const View &m, Index panel, Index from, Index to, std::int32_t step, Index listed,
+             float *weights, std::int32_t *places, std::int32_t *counts) {
     const std::uint8_t *bits = m.data + m.starts[panel], *value = bits + m.padded;
     Index before = 0;
     for (Index k = 0; k < from; k += 8) {
@@ -155,7 +155,7 @@ void list_of(const View &m, Index panel, Index from, Index to, std::int32_t step
         before += __builtin_popcountll(word);
     }
     value += before * (V == Type::fp32 ? 4 : 2);
-    for (int r = 0; r < 8; ++r) counts[r] = r * kListed;
+    for (int r = 0; r < 8; ++r) counts[r] = std::int32_t(r * listed);
     for (Index k = from; k < to; k += 8)
         for (int r = 0; r < 8; ++r) {
             // All eight are written, and the next ones over those that were too many.
@@ -170,16 +170,31 @@ void list_of(const View &m, Index panel, Index from, Index to, std::int32_t step
             counts[r] += int(__builtin_popcountll(own));
             value += std::uint64_t(__builtin_popcountll(own)) * (V == Type::fp32 ? 4 : 2);
         }
-    for (int r = 0; r < 8; ++r) counts[r] -= r * kListed;
+    for (int r = 0; r < 8; ++r) counts[r] -= std::int32_t(r * listed);
 }
 
-void list(const View &m, Index panel, Index from, Index to, std::int32_t step, float *weights,
-          std::int32_t *places, std::int32_t *counts) {
-    switch (m.type) {
-    case Type::fp32: return list_of<Type::fp32>(m, panel, from, to, step, weights, places, counts);
-    case Type::bf16: return list_of<Type::bf16>(m, panel, from, to, step, weights, places, counts);
-    default: return list_of<Type::fp16>(m, panel, from, to, step, weights, places, counts);
+void list_rest(const View &m, Index panel, Index from, Index to, std::int32_t step, Index listed,
+               float *weights, std::int32_t *places, std::int32_t *counts) {
+    for (int r = 0; r < 8; ++r) counts[r] = 0;
+    for (Index s = m.rest_starts[panel]; s < m.rest_starts[panel + 1]; ++s) {
+        const auto *words = reinterpret_cast<const std::uint16_t *>(m.rest + s * 32);
+        float eight[8];
+        store(eight, load_half(words + 8));
+        for (int r = 0; r < 8; ++r) {
+            if (words[r] < from || words[r] >= to || eight[r] == 0) continue;
+            weights[r * listed + counts[r]] = eight[r];
+            places[r * listed + counts[r]++] = std::int32_t(words[r] - from) * step;
+        }
     }
+}
+
+void list(const View &m, Index panel, Index from, Index to, std::int32_t step, Index listed,
+          float *weights, std::int32_t *places, std::int32_t *counts) {
+    const auto own = m.kind != Kind::bitmask  ? list_rest
+                     : m.type == Type::fp32 ? list_of<Type::fp32>
+                     : m.type == Type::bf16 ? list_of<Type::bf16>
+                                            : list_of<Type::fp16>;
+    own(m, panel, from, to, step, listed, weights, places, counts);
 }
 
 template <int Vectors>
@@ -206,139 +221,6 @@ void skip(const float *w, const std::int32_t *place, Index count, const float *x
     case 7: return skip_of<7>(w, place, count, x, y);
     default: return skip_of<8>(w, place, count, x, y);
     }
-}
-
-// ---------------------------------------------------------------------------------- integers
-
-// Four bytes of a row become two steps of two int16.
-INLINE void store_wide(std::uint8_t *out, B32 quad) {
-    store(out, low_pair16(quad));
-    store(out + 64, high_pair16(quad));
-}
-
-// The dense quad of a window: byte c is the kept one whose index is c, else `none`.
-INLINE B32 spread_window(B32 values, B32 index, B32 first, B32 second, B32 none) {
-    const B32 columns = set1_32(0x03020100);
-    const B32 a = equal8(pick_bytes(index, first), columns);
-    const B32 b = but_not(equal8(pick_bytes(index, second), columns), a);  // a slot to fill up is 0
-    const B32 kept = either(both(a, pick_bytes(values, first)), both(b, pick_bytes(values, second)));
-    return either(kept, but_not(none, either(a, b)));
-}
-
-template <Type V, int G>
-void expand_ints_of(const View &m, Index panel, Index first, Index groups, std::uint8_t *out,
-                    float *scales) {
-    constexpr Index kQuad = V == Type::int8 ? 128 : 64;  // bytes of a quad of 16 rows
-    const bool dense = m.kind == Kind::dense;
-    const Index whole = dense ? 16 + G * 8 / (V == Type::int8 ? 1 : 2)
-                              : 16 + G + G * 4 / (V == Type::int8 ? 1 : 2);
-    const std::uint8_t *p = m.data + m.starts[panel] + first * whole;
-    const B32 none = set1_byte(V == Type::int8 ? 0 : 8), two_bits = set1_byte(3);
-    const B32 place[4] = {lane_byte(0), lane_byte(1), lane_byte(2), lane_byte(3)};
-    const auto put = [&](B32 quad) {
-        if constexpr (V == Type::int8) store_wide(out, quad);
-        else store(out, quad);
-        out += kQuad;
-    };
-    for (Index g = 0; g < groups; ++g) {
-        store(scales + g * kTileRows, load_half(reinterpret_cast<const std::uint16_t *>(p)));
-        p += 16;
-        if (dense) {
-            for (int k = 0; k < G / 4; k += V == Type::int8 ? 1 : 2, p += 32) {
-                const B32 weights = load(p);
-                put(V == Type::int8 ? weights : low_nibbles(weights));
-                if (V == Type::int4) put(high_nibbles(weights));
-            }
-            continue;
-        }
-        for (int block = 0; block < G / 32; ++block) {
-            B32 index = load(p), weights = index;
-            p += 32;
-            for (int quad = 0; quad < 4; ++quad) {
-                if (V == Type::int8 || quad % 2 == 0) {
-                    weights = load(p);
-                    p += 32;
-                }
-                const B32 own = V == Type::int8 ? weights
-                                : quad % 2 == 0 ? low_nibbles(weights)
-                                                : high_nibbles(weights);
-                const B32 now = both(index, two_bits);
-                index = shift_right32<2>(index);
-                put(spread_window(own, now, place[0], place[1], none));
-                put(spread_window(own, now, place[2], place[3], none));
-            }
-        }
-    }
-}
-
-void expand_ints(const View &m, Index panel, Index first, Index groups, std::uint8_t *out,
-                 float *scales) {
-    if (m.type == Type::int8)
-        m.group == 64 ? expand_ints_of<Type::int8, 64>(m, panel, first, groups, out, scales)
-                      : expand_ints_of<Type::int8, 32>(m, panel, first, groups, out, scales);
-    else
-        m.group == 64 ? expand_ints_of<Type::int4, 64>(m, panel, first, groups, out, scales)
-                      : expand_ints_of<Type::int4, 32>(m, panel, first, groups, out, scales);
-}
-
-template <Type V, int G, int T>
-INLINE void tile_ints_of(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
-                         const float *factors, Index groups, float *y) {
-    // int4: eight steps of sums in int16, see dense4.
-    constexpr int kSteps = V == Type::int8 ? G / 2 : 8, kParts = V == Type::int8 ? 1 : G / 32;
-    for (Index g = 0; g < groups; ++g) {
-        B32 whole[T][2];
-        for (int part = 0; part < kParts; ++part) {
-            B32 acc[T][2];
-            for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = zero_bytes();
-#pragma GCC unroll 4
-            for (int k = 0; k < kSteps; ++k, w += 64, x += 4 * kTile) {
-                const B32 low = load(w), high = load(w + 32);
-                for (int t = 0; t < T; ++t) {
-                    const B32 inputs = repeat4(reinterpret_cast<const std::int8_t *>(x + 4 * t));
-                    for (int h = 0; h < 2; ++h) {
-                        const B32 weights = h ? high : low;
-                        acc[t][h] = V == Type::int8
-                                        ? add32(acc[t][h], dot2_16(weights, inputs))
-                                        : add16(acc[t][h], dot2_unsigned(weights, inputs));
-                        settle(acc[t][h]);
-                    }
-                }
-            }
-            for (int t = 0; t < T; ++t)
-                for (int h = 0; h < 2; ++h) {
-                    if constexpr (V == Type::int8) whole[t][h] = acc[t][h];
-                    else if (part == 0) whole[t][h] = sum_pairs16(acc[t][h], 1);
-                    else whole[t][h] = add32(whole[t][h], sum_pairs16(acc[t][h], 1));
-                }
-        }
-        const F8 scale[2] = {load(scales + g * kTileRows), load(scales + g * kTileRows + 8)};
-        for (int t = 0; t < T; ++t) {
-            const F8 factor = set1(factors[g * kTile + t]);
-            for (int h = 0; h < 2; ++h) {
-                float *out = y + t * kTileRows + 8 * h;
-                store(out, fma(mul(to_float(whole[t][h]), scale[h]), factor, load(out)));
-            }
-        }
-    }
-}
-
-template <Type V, int G>
-void tile_ints_with(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
-                    const float *factors, Index groups, int tokens, float *y) {
-    // Tiles are filled up with tokens of 0, so two widths are enough.
-    if (tokens <= 3) tile_ints_of<V, G, 3>(w, scales, x, factors, groups, y);
-    else tile_ints_of<V, G, 6>(w, scales, x, factors, groups, y);
-}
-
-void tile_ints(Type type, int group, const std::uint8_t *w, const float *scales,
-               const std::uint8_t *x, const float *factors, Index groups, int tokens, float *y) {
-    if (type == Type::int8)
-        group == 64 ? tile_ints_with<Type::int8, 64>(w, scales, x, factors, groups, tokens, y)
-                    : tile_ints_with<Type::int8, 32>(w, scales, x, factors, groups, tokens, y);
-    else
-        group == 64 ? tile_ints_with<Type::int4, 64>(w, scales, x, factors, groups, tokens, y)
-                    : tile_ints_with<Type::int4, 32>(w, scales, x, factors, groups, tokens, y);
 }
 
 std::uint64_t checksum(const std::uint64_t *words, Index count) {

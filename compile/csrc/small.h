@@ -241,10 +241,8 @@ template <Type V> struct Picked {
         if constexpr (V == Type::int8) {
             sum = add32(sum, sum_pairs16(dot2(weights, inputs), 1));
         } else {
-            sum = add16(sum, dot2_unsigned(weights, inputs));
-            excess = add16(excess, dot2_unsigned(set1_byte(1), inputs));
-            settle(sum);
-            settle(excess);
+            accumulate16(sum, dot2_unsigned(weights, inputs));
+            accumulate16(excess, dot2_unsigned(set1_byte(1), inputs));
         }
     }
     INLINE B32 total() const {
