@@ -9,6 +9,6 @@
 
 const Kernels &KERNELS_OF(ISA)() {
     using namespace isa::ISA;
-    static constexpr Kernels kernels{NAME_OF(ISA), small, quantize, expand, slots, tile, list, skip, expand_ints, tile_ints, checksum};
+    static constexpr Kernels kernels{NAME_OF(ISA), small, quantize, expand, slots, tile, half_tile, list, skip, expand_ints, tile_ints, checksum};
     return kernels;
 }

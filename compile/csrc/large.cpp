@@ -95,7 +95,7 @@ struct DenseWork {
     void expand(Index unit, Index piece, Index u) const {
         const Index from = piece * kDepth, to = std::min(m.padded, from + kDepth);
         const Index panels = kTileRows / m.height;
-        const bool fast = !is_integer(m.type) && !m.rest_starts && m.kind != Kind::vector;
+        const bool fast = m.kind == Kind::vector || !(is_integer(m.type) || m.rest_starts);
         if ((unit + 1) * panels > m.panels) std::fill(own(u), own(u) + kDepth * kTileRows, 0.0f);
         for (Index h = 0; h < panels && unit * panels + h < m.panels; ++h) {
             const Index panel = unit * panels + h;
@@ -109,7 +109,7 @@ struct DenseWork {
     }
 };
 
-// Blocks of 16 x 1: of the columns, those that are kept.
+// Blocks of 16 or 8 rows: of the columns, those that are kept.
 struct SlotWork {
     const View &m;
     const float *tiled;
@@ -117,20 +117,30 @@ struct SlotWork {
     float *weights = nullptr;
     std::int32_t *places = nullptr;
 
-    Index pieces() const { return padded / kDepth; }
-    Index listed() const { return padded + pieces() + 1; }
+    Index blocks() const { return kTileRows / m.height; }  // of a unit
+    Index windows() const { return (m.columns + kDepth - 1) / kDepth; }
+    Index listed() const { return padded + windows() + 1; }
     void take_room() {
         weights = scratch<float, Room::weights>(kUnits * padded * kTileRows);
-        places = scratch<std::int32_t, Room::places>(kUnits * listed());
+        places = scratch<std::int32_t, Room::places>(kUnits * blocks() * listed());
     }
     void expand(Index unit, Index piece, Index u) const {
-        if (piece == 0)
-            kernels().slots(m, unit, weights + u * padded * kTileRows, places + u * listed());
+        if (piece) return;
+        for (Index b = 0; b < blocks(); ++b) {
+            std::int32_t *own = places + (u * blocks() + b) * listed();
+            const Index panel = unit * blocks() + b;
+            if (panel < m.panels) kernels().slots(m, panel, weights + (u * blocks() + b) * padded * m.height, own);
+            else std::fill(own, own + windows() + 1, 0);
+        }
     }
     void run(Index piece, Index u, Index tile, int here, float *y) const {
-        const std::int32_t *bounds = places + u * listed(), first = bounds[piece];
-        kernels().tile(weights + (u * padded + first) * kTileRows, bounds + pieces() + 1 + first,
-                       tiled + tile * padded * kTile, bounds[piece + 1] - first, here, y);
+        const auto product = m.height == 16 ? kernels().tile : kernels().half_tile;
+        for (Index b = 0; b < blocks(); ++b) {
+            const std::int32_t *bounds = places + (u * blocks() + b) * listed();
+            const std::int32_t first = bounds[piece], end = bounds[piece + 1];
+            product(weights + ((u * blocks() + b) * padded + first) * m.height, bounds + windows() + 1 + first,
+                    tiled + tile * padded * kTile, end - first, here, y + b * m.height);
+        }
     }
 };
 
@@ -292,7 +302,7 @@ void multiply_large(const std::vector<Factor> &factors, const float *x, Index co
             for (auto f = left.begin(); f != same; ++f) {
                 const Matrix &matrix = *(*f)->matrix;
                 const View &own = matrix.view();
-                if (own.kind == Kind::vector && own.height == 16 && !is_integer(own.type))
+                if (own.kind == Kind::vector && own.height > 4)
                     over_tiles(**f, tokens, padded / kDepth, SlotWork{own, tiled, padded});
                 else over_tiles(**f, tokens, padded / kDepth, DenseWork{matrix, own, tiled, padded});
             }

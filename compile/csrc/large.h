@@ -59,7 +59,103 @@ void expand_of(const View &m, Index panel, Index from, Index to, float *out) {
     }
 }
 
+// Call emit(slot, column, lane, values) for the slots of columns [from, to), whole windows or groups,
+// of a block row: eight of its rows from row `lane` on are the values; of four, those from lane
+// `lane` on. Weights 0 that fill up a window are slots, too.
+template <Type V, int Height, typename Emit>
+INLINE void each_float_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
+    const std::uint8_t *p = m.data + m.starts[panel];
+    const Index windows = (m.columns + 255) / 256;
+    const auto *counts = reinterpret_cast<const std::uint16_t *>(p);
+    const std::uint8_t *offset = p + 2 * windows;
+    Index slots = 0, slot = 0;
+    for (Index w = 0; w < windows; ++w) {
+        if (w * 256 < from) slot += counts[w];
+        slots += counts[w];
+    }
+    p += round_up(2 * windows + slots, 32) + slot * Height / 16 * kChunk<V>;
+    offset += slot;
+    for (Index w = from / 256; w < windows && w * 256 < to; ++w)
+        for (const std::uint8_t *end = offset + counts[w]; offset < end;) {
+            for (int row = 0; row < Height; row += 8, p += kChunk<V>) {
+                F8 first, second;
+                load_chunk<V>(p, first, second);
+                emit(slot, w * 256 + offset[0], row, first);
+                emit(slot + 1, w * 256 + offset[1], Height == 4 ? 4 : row, Height == 4 ? first : second);
+                if constexpr (Height == 4) {
+                    emit(slot + 2, w * 256 + offset[2], 0, second);
+                    emit(slot + 3, w * 256 + offset[3], 4, second);
+                }
+            }
+            offset += Height == 4 ? 4 : 2;
+            slot += Height == 4 ? 4 : 2;
+        }
+}
+
+template <Type V, int Height, typename Emit>
+INLINE void each_int_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
+    constexpr int kHalves = Height == 16 ? 2 : 1, kLanes = Height == 4 ? 2 : 1;
+    constexpr int kQuads = V == Type::int4 ? 2 : 1, kStep = 4 * kLanes * kQuads;
+    const std::uint8_t *bits = m.data + m.starts[panel];
+    const auto *scales = reinterpret_cast<const std::uint16_t *>(bits + round_up(m.padded / 8, 32));
+    const auto *p = reinterpret_cast<const std::uint8_t *>(scales + m.padded / m.group * kHalves * 8);
+    Index slot = 0;
+    for (Index k = 0; k < to; k += m.group, bits += m.group / 8, scales += kHalves * 8) {
+        std::uint8_t columns[64];
+        int count = 0;
+        if (k < from) {
+            for (int i = 0; i < m.group / 8; ++i) count += __builtin_popcount(bits[i]);
+            slot += count;
+            p += (count + kStep - 1) / kStep * kHalves * 32;
+            continue;
+        }
+        for (int i = 0; i < m.group / 8; ++i)
+            for (unsigned own = bits[i]; own; own &= own - 1)
+                columns[count++] = std::uint8_t(i * 8 + __builtin_ctz(own));
+        for (int n = 0; n < count; n += kStep)
+            for (int row = 0; row < 8 * kHalves; row += 8, p += 32) {
+                const F8 scale = load_half(scales + row);
+                const B32 bytes = load(p);
+                for (int quad = 0; quad < kQuads; ++quad) {
+                    B32 own = bytes;
+                    if constexpr (V == Type::int4)
+                        own = add8(quad ? high_nibbles(bytes) : low_nibbles(bytes), set1_byte(-8));
+                    const F8 values[4] = {byte_to_float<0>(own), byte_to_float<1>(own),
+                                          byte_to_float<2>(own), byte_to_float<3>(own)};
+                    for (int i = 0; i < 4 * kLanes; ++i) {
+                        const int at = n + 4 * kLanes * quad + i;
+                        if (at < count)
+                            emit(slot + at, k + columns[at], row + i / 4 * 4, mul(values[i % 4], scale));
+                    }
+                }
+            }
+        slot += count;
+    }
+}
+
+template <int Height, typename Emit>
+INLINE void each_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
+    switch (m.type) {
+    case Type::fp32: return each_float_slot<Type::fp32, Height>(m, panel, from, to, emit);
+    case Type::bf16: return each_float_slot<Type::bf16, Height>(m, panel, from, to, emit);
+    case Type::fp16: return each_float_slot<Type::fp16, Height>(m, panel, from, to, emit);
+    case Type::int8: return each_int_slot<Type::int8, Height>(m, panel, from, to, emit);
+    case Type::int4: return each_int_slot<Type::int4, Height>(m, panel, from, to, emit);
+    }
+}
+
+// Blocks of four rows: as many zeros as there are, for the slots of two blocks are not the same.
+void expand_blocks(const View &m, Index panel, Index from, Index to, float *out) {
+    for (Index k = 0; k < to - from; ++k) std::memset(out + k * kTileRows, 0, 16);
+    each_slot<4>(m, panel, from, to, [&](Index, Index column, int lane, F8 values) {
+        float eight[8], *at = out + (column - from) * kTileRows;
+        store(eight, values);
+        for (int r = 0; r < 4; ++r) at[r] += eight[lane + r];
+    });
+}
+
 void expand(const View &m, Index panel, Index from, Index to, float *out) {
+    if (m.kind == Kind::vector) return expand_blocks(m, panel, from, to, out);
     switch (m.type) {
     case Type::fp32: return expand_of<Type::fp32>(m, panel, from, to, out);
     case Type::bf16: return expand_of<Type::bf16>(m, panel, from, to, out);
@@ -67,79 +163,64 @@ void expand(const View &m, Index panel, Index from, Index to, float *out) {
     }
 }
 
-template <Type V>
-void slots_of(const View &m, Index panel, float *w, std::int32_t *places) {
-    const std::uint8_t *p = m.data + m.starts[panel];
+template <int Height> void slots_of(const View &m, Index panel, float *w, std::int32_t *places) {
     const Index windows = (m.columns + 255) / 256;
-    const auto *counts = reinterpret_cast<const std::uint16_t *>(p);
-    const std::uint8_t *offset = p + 2 * windows;
-    std::int32_t *place = places + windows + 1;
-    std::int32_t n = 0;
-    for (Index i = 0; i < windows; ++i) {
-        places[i] = n;
-        for (const std::int32_t end = n + counts[i]; n < end; ++n)
-            place[n] = std::int32_t(i * 256 + *offset++) * kTile;
-    }
-    places[windows] = n;
-    p += round_up(2 * windows + n, 32);
-    for (Index slot = 0; slot < n; slot += 2, w += 2 * kTileRows)
-        for (int h = 0; h < 2; ++h, p += kChunk<V>) {
-            F8 first, second;
-            load_chunk<V>(p, first, second);
-            store(w + 8 * h, first);
-            store(w + kTileRows + 8 * h, second);
-        }
+    Index window = 0, count = 0;
+    each_slot<Height>(m, panel, 0, m.columns, [&](Index slot, Index column, int row, F8 values) {
+        store(w + slot * Height + row, values);
+        if (row) return;
+        for (; window * 256 <= column; ++window) places[window] = std::int32_t(slot);
+        places[windows + 1 + slot] = std::int32_t(column) * kTile;
+        count = slot + 1;
+    });
+    for (; window <= windows; ++window) places[window] = std::int32_t(count);
 }
 
 void slots(const View &m, Index panel, float *w, std::int32_t *places) {
-    switch (m.type) {
-    case Type::fp32: return slots_of<Type::fp32>(m, panel, w, places);
-    case Type::bf16: return slots_of<Type::bf16>(m, panel, w, places);
-    default: return slots_of<Type::fp16>(m, panel, w, places);
-    }
+    m.height == 16 ? slots_of<16>(m, panel, w, places) : slots_of<8>(m, panel, w, places);
 }
 
-template <int T, bool Placed>
+template <int T, int Halves, bool Placed>
 INLINE void tile_of(const float *w, const std::int32_t *place, const float *x, Index count,
                     float *y) {
-    F8 acc[T][2];
-    for (int t = 0; t < T; ++t) {
-        acc[t][0] = load(y + t * kTileRows);
-        acc[t][1] = load(y + t * kTileRows + 8);
-    }
+    F8 acc[T][Halves];
+    for (int t = 0; t < T; ++t)
+        for (int h = 0; h < Halves; ++h) acc[t][h] = load(y + t * kTileRows + 8 * h);
     for (Index n = 0; n < count; ++n) {
-        const F8 low = load(w), high = load(w + 8);
-        w += kTileRows;
+        F8 weights[Halves];
+        for (int h = 0; h < Halves; ++h, w += 8) weights[h] = load(w);
         const float *inputs = Placed ? x + place[n] : x + n * kTile;
         for (int t = 0; t < T; ++t) {
             const F8 input = set1(inputs[t]);
-            acc[t][0] = fma(low, input, acc[t][0]);
-            acc[t][1] = fma(high, input, acc[t][1]);
+            for (int h = 0; h < Halves; ++h) acc[t][h] = fma(weights[h], input, acc[t][h]);
         }
     }
-    for (int t = 0; t < T; ++t) {
-        store(y + t * kTileRows, acc[t][0]);
-        store(y + t * kTileRows + 8, acc[t][1]);
-    }
+    for (int t = 0; t < T; ++t)
+        for (int h = 0; h < Halves; ++h) store(y + t * kTileRows + 8 * h, acc[t][h]);
 }
 
-template <bool Placed>
+template <int Halves, bool Placed>
 void tile_with(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
                float *y) {
     switch (tokens) {
-    case 1: return tile_of<1, Placed>(w, place, x, count, y);
-    case 2: return tile_of<2, Placed>(w, place, x, count, y);
-    case 3: return tile_of<3, Placed>(w, place, x, count, y);
-    case 4: return tile_of<4, Placed>(w, place, x, count, y);
-    case 5: return tile_of<5, Placed>(w, place, x, count, y);
-    default: return tile_of<6, Placed>(w, place, x, count, y);
+    case 1: return tile_of<1, Halves, Placed>(w, place, x, count, y);
+    case 2: return tile_of<2, Halves, Placed>(w, place, x, count, y);
+    case 3: return tile_of<3, Halves, Placed>(w, place, x, count, y);
+    case 4: return tile_of<4, Halves, Placed>(w, place, x, count, y);
+    case 5: return tile_of<5, Halves, Placed>(w, place, x, count, y);
+    default: return tile_of<6, Halves, Placed>(w, place, x, count, y);
     }
 }
 
 void tile(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
           float *y) {
-    if (place) tile_with<true>(w, place, x, count, tokens, y);
-    else tile_with<false>(w, place, x, count, tokens, y);
+    if (place) tile_with<2, true>(w, place, x, count, tokens, y);
+    else tile_with<2, false>(w, place, x, count, tokens, y);
+}
+
+void half_tile(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
+               float *y) {
+    tile_with<1, true>(w, place, x, count, tokens, y);
 }
 
 // ---------------------------------------------------------------------------------- skipped zeros

@@ -109,15 +109,19 @@ struct Kernels {
     // Quantise a row of x in groups: q [padded], scale and total [groups].
     void (*quantize)(const float *x, Index columns, Index padded, int group, std::int8_t *q,
                      float *scale, std::int32_t *total);
-    // Columns [from, to) of a panel of dense or N:M floats: out[(k - from) * kTileRows + row].
+    // Columns [from, to) of a panel, of whole windows of 256: out[(k - from) * kTileRows + row]. Dense
+    // or N:M floats, or blocks of four rows.
     void (*expand)(const View &, Index panel, Index from, Index to, float *out);
-    // A whole panel of 16 x 1 blocks of floats: w[slot * kTileRows + row]; of each 256 columns the
-    // first slot in places[0 .. windows], then of each slot its column times kTile.
+    // A whole panel of blocks of H = 16 or 8 rows: w[slot * H + row]; of each 256 columns the first
+    // slot in places[0 .. windows], then of each slot its column times kTile.
     void (*slots)(const View &, Index panel, float *w, std::int32_t *places);
     // y[t * kTileRows + row] += sum over n of w[n * kTileRows + row] * x[place[n] + t] for
     // t < tokens <= kTile; place[n] = n * kTile if it is null.
     void (*tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
                  float *y);
+    // The same for eight rows, w[n * 8 + row].
+    void (*half_tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
+                      float *y);
     // The kept weights of columns [from, to) of the 8 rows of a panel, and of each its
     // (column - from) * step: of a bitmask all, else those that are left over. counts[r] of row r,
     // from weights[r * listed] on; 8 more may be written.
