@@ -11,6 +11,7 @@ namespace {
 constexpr Index kDepth = 256;  // columns of a piece
 constexpr Index kUnits = 4;    // times kTileRows: rows of a piece
 constexpr Index kBatch = 40;   // tiles of tokens of a piece
+constexpr Index kSkipped = 8;  // panels of 8 rows that run over single weights at once
 
 // The results of a batch of tiles: sums[unit][tile][token][row].
 void write_tiles(const Factor &f, const float *sums, Index first, Index count, Index tile0,
@@ -246,25 +247,26 @@ void multiply_skipping(const Factor &f, const float *x, Index columns, Index tok
     const bool added = m.kind != Kind::bitmask;
     const Index padded = round_up(m.padded, depth), tiles = (tokens + wide - 1) / wide;
     const float *tiled = tile_floats(x, columns, tokens, padded, wide);
-    const Index step = std::max<Index>(1, std::min<Index>(8, m.panels / (2 * get_threads())));
+    const Index step = std::max<Index>(1, std::min(kSkipped, m.panels / (2 * get_threads())));
     over_panels(m.panels, step, [&](Index first, Index last) {
         const Index count = last - first;
         const Index width = tiles * wide + 16;  // rows that do not share their cache lines
         float *weights = scratch<float, Room::weights>(count * 8 * listed);
-        std::int32_t *places = scratch<std::int32_t, Room::places>(count * 8 * listed);
+        auto *places = scratch<std::uint16_t, Room::places>(count * 8 * listed);
         std::int32_t *counts = scratch<std::int32_t, Room::counts>(count * 8);
         float *sums = scratch<float, Room::sums>(count * 8 * width);
         std::fill(sums, sums + count * 8 * width, 0.0f);
+        Index read[kSkipped] = {};
         for (Index from = 0; from < m.padded; from += depth) {
             for (Index p = 0; p < count; ++p)
-                k.list(m, first + p, from, std::min(m.padded, from + depth), std::int32_t(wide), listed,
-                       weights + p * 8 * listed, places + p * 8 * listed, counts + p * 8);
+                k.list(m, first + p, from, std::min(m.padded, from + depth), listed, weights + p * 8 * listed,
+                       places + p * 8 * listed, counts + p * 8, read + p);
             for (Index tile = 0; tile < tiles; ++tile) {
                 const int vectors = int(std::min<Index>(wide, tokens - tile * wide) + 7) / 8;
                 const float *in = tiled + (tile * padded + from) * wide;
-                for (Index row = 0; row < count * 8; ++row)
-                    k.skip(weights + row * listed, places + row * listed, counts[row], in, vectors,
-                           sums + row * width + tile * wide);
+                for (Index p = 0; p < count; ++p)
+                    k.skip(weights + p * 8 * listed, places + p * 8 * listed, listed, counts + p * 8, in,
+                           wide, vectors, sums + p * 8 * width + tile * wide, width);
             }
         }
         const Index top = first * 8, rows = std::min(m.rows - top, count * 8);
@@ -313,7 +315,7 @@ void multiply_large(const std::vector<Factor> &factors, const float *x, Index co
                 over_tiles(**f, tokens, (in.groups + depth - 1) / depth, IntWork{(*f)->matrix->view(), in});
         }
         for (auto f = left.begin(); f != same; ++f)
-            if (form == Form::skipped) multiply_skipping(**f, x, columns, tokens, 64, 96, 104);
+            if (form == Form::skipped) multiply_skipping(**f, x, columns, tokens, 64, 128, 136);
             else if (form == Form::ints && (*f)->matrix->view().rest_starts)
                 multiply_skipping(**f, x, columns, tokens, 32, round_up(columns, 32), round_up(columns, 32) + 8);
         left.erase(left.begin(), same);

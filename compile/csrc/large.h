@@ -226,37 +226,36 @@ void half_tile(const float *w, const std::int32_t *place, const float *x, Index 
 // ---------------------------------------------------------------------------------- skipped zeros
 
 template <Type V>
-void list_of(const View &m, Index panel, Index from, Index to, std::int32_t step, Index listed,
-             float *weights, std::int32_t *places, std::int32_t *counts) {
-    const std::uint8_t *bits = m.data + m.starts[panel], *value = bits + m.padded;
-    Index before = 0;
-    for (Index k = 0; k < from; k += 8) {
-        std::uint64_t word;
-        std::memcpy(&word, bits + k, 8);
-        before += __builtin_popcountll(word);
-    }
-    value += before * (V == Type::fp32 ? 4 : 2);
-    for (int r = 0; r < 8; ++r) counts[r] = std::int32_t(r * listed);
-    for (Index k = from; k < to; k += 8)
+void list_of(const View &m, Index panel, Index from, Index to, Index listed, float *weights,
+             std::uint16_t *places, std::int32_t *counts, Index *read) {
+    constexpr Index kWidth = V == Type::fp32 ? 4 : 2;
+    constexpr std::uint64_t kOnes = 0x0101010101010101;  // times this: byte r sums bytes 0 to r
+    const std::uint8_t *bits = m.data + m.starts[panel], *value = bits + m.padded + *read;
+    for (Index k = from; k < to; k += 8) {
+        std::uint64_t masks;  // of eight rows
+        std::memcpy(&masks, bits + k, 8);
+        std::uint64_t sizes = masks - (masks >> 1 & kOnes * 0x55);
+        sizes = (sizes & kOnes * 0x33) + (sizes >> 2 & kOnes * 0x33);
+        sizes = (sizes + (sizes >> 4)) & kOnes * 0x0f;
+        const std::uint64_t ends = sizes * kOnes, starts = ends << 8;
         for (int r = 0; r < 8; ++r) {
             // All eight are written, and the next ones over those that were too many.
-            const std::uint64_t own = bits[k + r];
+            const std::uint8_t *own = value + (starts >> 8 * r & 255) * kWidth;
+            const auto *halves = reinterpret_cast<const std::uint16_t *>(own);
+            const Index to_row = r * listed + counts[r];
             if constexpr (V == Type::fp32)
-                store(weights + counts[r], load(reinterpret_cast<const float *>(value)));
-            else if constexpr (V == Type::fp16)
-                store(weights + counts[r], load_half(reinterpret_cast<const std::uint16_t *>(value)));
-            else
-                store(weights + counts[r], load_bfloat(reinterpret_cast<const std::uint16_t *>(value)));
-            store_places(places + counts[r], own, std::int32_t(k - from), step);
-            counts[r] += int(__builtin_popcountll(own));
-            value += std::uint64_t(__builtin_popcountll(own)) * (V == Type::fp32 ? 4 : 2);
+                store(weights + to_row, load(reinterpret_cast<const float *>(own)));
+            else store(weights + to_row, V == Type::fp16 ? load_half(halves) : load_bfloat(halves));
+            store_places(places + to_row, masks >> 8 * r & 255, int(k - from));
+            counts[r] += std::int32_t(sizes >> 8 * r & 255);
         }
-    for (int r = 0; r < 8; ++r) counts[r] -= std::int32_t(r * listed);
+        value += (ends >> 56) * kWidth;
+    }
+    *read = value - bits - m.padded;
 }
 
-void list_rest(const View &m, Index panel, Index from, Index to, std::int32_t step, Index listed,
-               float *weights, std::int32_t *places, std::int32_t *counts) {
-    for (int r = 0; r < 8; ++r) counts[r] = 0;
+void list_rest(const View &m, Index panel, Index from, Index to, Index listed, float *weights,
+               std::uint16_t *places, std::int32_t *counts, Index *) {
     for (Index s = m.rest_starts[panel]; s < m.rest_starts[panel + 1]; ++s) {
         const auto *words = reinterpret_cast<const std::uint16_t *>(m.rest + s * 32);
         float eight[8];
@@ -264,43 +263,47 @@ void list_rest(const View &m, Index panel, Index from, Index to, std::int32_t st
         for (int r = 0; r < 8; ++r) {
             if (words[r] < from || words[r] >= to || eight[r] == 0) continue;
             weights[r * listed + counts[r]] = eight[r];
-            places[r * listed + counts[r]++] = std::int32_t(words[r] - from) * step;
+            places[r * listed + counts[r]++] = std::uint16_t(words[r] - from);
         }
     }
 }
 
-void list(const View &m, Index panel, Index from, Index to, std::int32_t step, Index listed,
-          float *weights, std::int32_t *places, std::int32_t *counts) {
-    const auto own = m.kind != Kind::bitmask  ? list_rest
-                     : m.type == Type::fp32 ? list_of<Type::fp32>
-                     : m.type == Type::bf16 ? list_of<Type::bf16>
-                                            : list_of<Type::fp16>;
-    own(m, panel, from, to, step, listed, weights, places, counts);
+void list(const View &m, Index panel, Index from, Index to, Index listed, float *weights,
+          std::uint16_t *places, std::int32_t *counts, Index *read) {
+    for (int r = 0; r < 8; ++r) counts[r] = 0;
+    const auto own = m.kind != Kind::bitmask ? list_rest
+                     : m.type == Type::fp32  ? list_of<Type::fp32>
+                     : m.type == Type::bf16  ? list_of<Type::bf16>
+                                             : list_of<Type::fp16>;
+    own(m, panel, from, to, listed, weights, places, counts, read);
 }
 
 template <int Vectors>
-INLINE void skip_of(const float *w, const std::int32_t *place, Index count, const float *x, float *y) {
-    F8 acc[Vectors];
-    for (int v = 0; v < Vectors; ++v) acc[v] = load(y + 8 * v);
-    for (Index n = 0; n < count; ++n) {
-        const F8 weight = set1(w[n]);
-        const float *inputs = x + place[n];
-        for (int v = 0; v < Vectors; ++v) acc[v] = fma(weight, load(inputs + 8 * v), acc[v]);
+INLINE void skip_of(const float *w, const std::uint16_t *place, Index listed,
+                    const std::int32_t *counts, const float *x, Index wide, float *y, Index stride) {
+    for (int r = 0; r < 8; ++r, w += listed, place += listed, y += stride) {
+        F8 acc[Vectors];
+        for (int v = 0; v < Vectors; ++v) acc[v] = load(y + 8 * v);
+        for (std::int32_t n = 0; n < counts[r]; ++n) {
+            const F8 weight = set1(w[n]);
+            const float *inputs = x + place[n] * wide;
+            for (int v = 0; v < Vectors; ++v) acc[v] = fma(weight, load(inputs + 8 * v), acc[v]);
+        }
+        for (int v = 0; v < Vectors; ++v) store(y + 8 * v, acc[v]);
     }
-    for (int v = 0; v < Vectors; ++v) store(y + 8 * v, acc[v]);
 }
 
-void skip(const float *w, const std::int32_t *place, Index count, const float *x, int vectors,
-          float *y) {
+void skip(const float *w, const std::uint16_t *place, Index listed, const std::int32_t *counts,
+          const float *x, Index wide, int vectors, float *y, Index stride) {
     switch (vectors) {
-    case 1: return skip_of<1>(w, place, count, x, y);
-    case 2: return skip_of<2>(w, place, count, x, y);
-    case 3: return skip_of<3>(w, place, count, x, y);
-    case 4: return skip_of<4>(w, place, count, x, y);
-    case 5: return skip_of<5>(w, place, count, x, y);
-    case 6: return skip_of<6>(w, place, count, x, y);
-    case 7: return skip_of<7>(w, place, count, x, y);
-    default: return skip_of<8>(w, place, count, x, y);
+    case 1: return skip_of<1>(w, place, listed, counts, x, wide, y, stride);
+    case 2: return skip_of<2>(w, place, listed, counts, x, wide, y, stride);
+    case 3: return skip_of<3>(w, place, listed, counts, x, wide, y, stride);
+    case 4: return skip_of<4>(w, place, listed, counts, x, wide, y, stride);
+    case 5: return skip_of<5>(w, place, listed, counts, x, wide, y, stride);
+    case 6: return skip_of<6>(w, place, listed, counts, x, wide, y, stride);
+    case 7: return skip_of<7>(w, place, listed, counts, x, wide, y, stride);
+    default: return skip_of<8>(w, place, listed, counts, x, wide, y, stride);
     }
 }
 

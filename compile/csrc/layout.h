@@ -122,15 +122,15 @@ struct Kernels {
     // The same for eight rows, w[n * 8 + row].
     void (*half_tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
                       float *y);
-    // The kept weights of columns [from, to) of the 8 rows of a panel, and of each its
-    // (column - from) * step: of a bitmask all, else those that are left over. counts[r] of row r,
-    // from weights[r * listed] on; 8 more may be written.
-    void (*list)(const View &, Index panel, Index from, Index to, std::int32_t step, Index listed,
-                 float *weights, std::int32_t *places, std::int32_t *counts);
-    // One row, the lanes being tokens: y[t] += sum over n of w[n] * x[place[n] + t]
-    // for t < 8 * vectors; vectors <= 8.
-    void (*skip)(const float *w, const std::int32_t *place, Index count, const float *x, int vectors,
-                 float *y);
+    // The kept weights of columns [from, to) of the 8 rows of a panel, and of each its column - from:
+    // of a bitmask all, else those that are left over. counts[r] of row r, from weights[r * listed]
+    // on; 8 more may be written. *read: 0 for the first columns, then what the call before left.
+    void (*list)(const View &, Index panel, Index from, Index to, Index listed, float *weights,
+                 std::uint16_t *places, std::int32_t *counts, Index *read);
+    // Eight rows, the lanes being tokens: y[r * stride + t] += sum over the row's list of
+    // weight * x[place * wide + t] for t < 8 * vectors; vectors <= 8.
+    void (*skip)(const float *w, const std::uint16_t *place, Index listed, const std::int32_t *counts,
+                 const float *x, Index wide, int vectors, float *y, Index stride);
     // Integers, dense or N:M: `groups` groups from the first on of a panel, which is the upper or the
     // lower half of a tile, in the order of Steps; scales[g * kTileRows + row]. `out` holds both
     // halves, at most 32 bytes a column.

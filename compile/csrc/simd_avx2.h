@@ -109,14 +109,12 @@ INLINE F8 to_float(B32 x) { return _mm256_cvtepi32_ps(x); }
 template <int Byte> INLINE F8 byte_to_float(B32 x) {
     return to_float(_mm256_srai_epi32(_mm256_slli_epi32(x, 24 - 8 * Byte), 24));
 }
-
-// (first + i) * step of the bits i that are set in the mask, then anything: 8 are written.
-INLINE void store_places(std::int32_t *to, std::uint64_t mask, std::int32_t first, std::int32_t step) {
+// first + i of the bits i that are set in the mask, then anything: 8 are written.
+INLINE void store_places(std::uint16_t *to, std::uint64_t mask, int first) {
     const auto *kept = reinterpret_cast<const __m128i *>(kKept.v[mask]);
-    const __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64(kept));
-    const __m256i moved = _mm256_add_epi32(places, _mm256_set1_epi32(first));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to),
-                        _mm256_mullo_epi32(moved, _mm256_set1_epi32(step)));
+    const __m128i places = _mm_cvtepu8_epi16(_mm_loadl_epi64(kept));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to),
+                     _mm_add_epi16(places, _mm_set1_epi16(static_cast<short>(first))));
 }
 // The eight bytes at p whose bits are set in the mask side by side at `to`, zeros behind them.
 INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {

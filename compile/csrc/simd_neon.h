@@ -171,12 +171,10 @@ template <int Byte> INLINE F8 byte_to_float(B32 x) {
 }
 INLINE F8 to_float(B32 x) { return {vcvtq_f32_s32(s32(x.low)), vcvtq_f32_s32(s32(x.high))}; }
 
-// (first + i) * step of the bits i that are set in the mask, then anything: 8 are written.
-INLINE void store_places(std::int32_t *to, std::uint64_t mask, std::int32_t first, std::int32_t step) {
-    const int16x8_t places = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(kKept.v[mask])));
-    const int32x4_t from = vdupq_n_s32(first);
-    vst1q_s32(to, vmulq_n_s32(vaddw_s16(from, vget_low_s16(places)), step));
-    vst1q_s32(to + 4, vmulq_n_s32(vaddw_high_s16(from, places), step));
+// first + i of the bits i that are set in the mask, then anything: 8 are written.
+INLINE void store_places(std::uint16_t *to, std::uint64_t mask, int first) {
+    const uint16x8_t places = vmovl_u8(vld1_u8(kKept.v[mask]));
+    vst1q_u16(to, vaddq_u16(places, vdupq_n_u16(static_cast<std::uint16_t>(first))));
 }
 // The eight bytes at p whose bits are set in the mask side by side at `to`, zeros behind them.
 INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {

@@ -219,10 +219,10 @@ INLINE F8 to_float(B32 x) {
     return each_float([&](int i) { return float(lanes.v[i]); });
 }
 
-// (first + i) * step of the bits i that are set in the mask, then anything: 8 may be written.
-INLINE void store_places(std::int32_t *to, std::uint64_t mask, std::int32_t first, std::int32_t step) {
+// first + i of the bits i that are set in the mask, then anything: 8 may be written.
+INLINE void store_places(std::uint16_t *to, std::uint64_t mask, int first) {
     for (int i = 0; i < 8; ++i)
-        if (mask >> i & 1) *to++ = (first + i) * step;
+        if (mask >> i & 1) *to++ = std::uint16_t(first + i);
 }
 // Those of the eight bytes at p whose bits are set in the mask, side by side at `to`; it writes 8.
 INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {
