@@ -273,7 +273,7 @@ void multiply_skipping(const Factor &f, const float *x, Index columns, Index tok
         for (Index t = 0; t < tokens; ++t)
             for (Index r = 0; r < rows; ++r) {
                 float &y = f.y[t * m.rows + top + r];
-                y = sums[r * width + t] + (added ? y : f.bias ? f.bias[top + r] : 0.0f);
+                y = (added ? y : 0.0f) + sums[r * width + t] + (f.bias ? f.bias[top + r] : 0.0f);
             }
     });
 }
@@ -311,8 +311,11 @@ void multiply_large(const std::vector<Factor> &factors, const float *x, Index co
         } else if (form == Form::ints) {
             const IntTiles in = tile_ints(steps_of(m), m.group, x, columns, tokens);
             const Index depth = kDepth / m.group;
-            for (auto f = left.begin(); f != same; ++f)
-                over_tiles(**f, tokens, (in.groups + depth - 1) / depth, IntWork{(*f)->matrix->view(), in});
+            for (auto f = left.begin(); f != same; ++f) {
+                Factor most = **f;
+                if (most.matrix->view().rest_starts) most.bias = nullptr;  // what is left over comes first
+                over_tiles(most, tokens, (in.groups + depth - 1) / depth, IntWork{most.matrix->view(), in});
+            }
         }
         for (auto f = left.begin(); f != same; ++f)
             if (form == Form::skipped) multiply_skipping(**f, x, columns, tokens, 64, 128, 136);
