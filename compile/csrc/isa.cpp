@@ -1,6 +1,7 @@
 // The kernels of the instruction set that this file is compiled for; it is compiled once for each.
 #include "large.h"
 #include "large_ints.h"
+#include "small.h"
 
 #define JOIN(a, b) a##b
 #define KERNELS_OF(isa) JOIN(isa, _kernels)

@@ -238,14 +238,15 @@ struct IntWork {
 // ---------------------------------------------------------------------------------- single weights
 
 // The lanes are tokens, and every kept weight is one step: of bitmasks all weights, else those that
-// are left over, which are added to y. A piece has `wide` tokens and `depth` columns, of whose
-// weights no row has more than `listed` - 8.
+// are left over, which are added to y. A piece has `wide` tokens and `depth` columns: of a bitmask so
+// many that the activations stay in the cache; weights that are left over are few, and far apart.
 void multiply_skipping(const Factor &f, const float *x, Index columns, Index tokens, Index wide,
-                       Index depth, Index listed) {
+                       Index depth) {
     const Kernels &k = kernels();
     const View &m = f.matrix->view();
     const bool added = m.kind != Kind::bitmask;
     const Index padded = round_up(m.padded, depth), tiles = (tokens + wide - 1) / wide;
+    const Index listed = depth + 8;
     const float *tiled = tile_floats(x, columns, tokens, padded, wide);
     const Index step = std::max<Index>(1, std::min(kSkipped, m.panels / (2 * get_threads())));
     over_panels(m.panels, step, [&](Index first, Index last) {
@@ -318,9 +319,9 @@ void multiply_large(const std::vector<Factor> &factors, const float *x, Index co
             }
         }
         for (auto f = left.begin(); f != same; ++f)
-            if (form == Form::skipped) multiply_skipping(**f, x, columns, tokens, 64, 128, 136);
+            if (form == Form::skipped) multiply_skipping(**f, x, columns, tokens, 64, 128);
             else if (form == Form::ints && (*f)->matrix->view().rest_starts)
-                multiply_skipping(**f, x, columns, tokens, 32, round_up(columns, 32), round_up(columns, 32) + 8);
+                multiply_skipping(**f, x, columns, tokens, 32, m.padded);
         left.erase(left.begin(), same);
     }
 }

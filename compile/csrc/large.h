@@ -2,7 +2,7 @@
 // tokens runs over it.
 #pragma once
 
-#include "small.h"
+#include "small_floats.h"
 
 namespace isa::ISA {
 

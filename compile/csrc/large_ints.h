@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "small.h"
+#include "small_ints.h"
 
 namespace isa::ISA {
 

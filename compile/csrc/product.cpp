@@ -9,7 +9,6 @@
 
 namespace {
 
-constexpr Index kSmall = 16;      // more tokens than this make a large product
 constexpr Index kPieceBytes = 256 << 10;  // of a thread at a time: a stream that memory can follow
 constexpr Index kCachedBytes = 16 << 10;  // read again for every kTokens tokens
 
@@ -114,6 +113,14 @@ void multiply_small(const std::vector<Factor> &factors, const float *x, Index co
     });
 }
 
+// Up to so many tokens every weight is used as it is read from memory: measured with AVX2, one thread
+// and 2048 x 2048. Not found anew by each process: sums in another order differ in their last bits,
+// and the same question should have the same answer twice.
+Index few_tokens(const View &m) {
+    if (m.kind == Kind::bitmask) return 12;
+    return m.kind == Kind::nm && !is_integer(m.type) ? 32 : 16;
+}
+
 std::atomic<const Kernels *> chosen{nullptr};
 
 }  // namespace
@@ -143,8 +150,10 @@ void use_kernels(const Kernels &wanted) { chosen.store(&wanted); }
 void multiply(const std::vector<Factor> &factors, const float *x, Index columns, Index tokens) {
     if (tokens <= 0) return;
     std::vector<Factor> small, large;
-    for (const Factor &f : factors)
-        (tokens <= kSmall && (f.act8 || !is_integer(f.matrix->view().type)) ? small : large).push_back(f);
+    for (const Factor &f : factors) {
+        const View &m = f.matrix->view();
+        (tokens <= few_tokens(m) && (f.act8 || !is_integer(m.type)) ? small : large).push_back(f);
+    }
     if (!small.empty()) multiply_small(small, x, columns, tokens);
     if (!large.empty()) multiply_large(large, x, columns, tokens);
 }
