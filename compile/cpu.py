@@ -11,8 +11,8 @@ the cache and every tile of tokens runs over them. Only the packed bytes are hel
 Values fp32, bf16 and fp16 are multiplied with fp32 activations and summed in fp32. Values int8 and
 int4 take int8 activations (quantised on the fly, one scale for each token and group of at most 64
 columns; an infinite or NaN activation makes every output of its token NaN that keeps a weight in
-its group), or fp32 activations if asked for; and with more than 16 tokens if the layout is neither
-dense nor 2:4. Where only removed weights meet an infinite or NaN activation, the output may be
+its group), or fp32 activations if asked for; and with more than 16 tokens if the layout is one of
+blocks. Where only removed weights meet an infinite or NaN activation, the output may be
 either: some layouts multiply stored zeros.
 """
 

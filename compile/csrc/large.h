@@ -2,7 +2,7 @@
 // tokens runs over it.
 #pragma once
 
-#include "small.h"
+#include "small_floats.h"
 
 namespace isa::ISA {
 
@@ -59,7 +59,103 @@ void expand_of(const View &m, Index panel, Index from, Index to, float *out) {
     }
 }
 
+// Call emit(slot, column, lane, values) for the slots of columns [from, to), whole windows or groups,
+// of a block row: eight of its rows from row `lane` on are the values; of four, those from lane
+// `lane` on. Weights 0 that fill up a window are slots, too.
+template <Type V, int Height, typename Emit>
+INLINE void each_float_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
+    const std::uint8_t *p = m.data + m.starts[panel];
+    const Index windows = (m.columns + 255) / 256;
+    const auto *counts = reinterpret_cast<const std::uint16_t *>(p);
+    const std::uint8_t *offset = p + 2 * windows;
+    Index slots = 0, slot = 0;
+    for (Index w = 0; w < windows; ++w) {
+        if (w * 256 < from) slot += counts[w];
+        slots += counts[w];
+    }
+    p += round_up(2 * windows + slots, 32) + slot * Height / 16 * kChunk<V>;
+    offset += slot;
+    for (Index w = from / 256; w < windows && w * 256 < to; ++w)
+        for (const std::uint8_t *end = offset + counts[w]; offset < end;) {
+            for (int row = 0; row < Height; row += 8, p += kChunk<V>) {
+                F8 first, second;
+                load_chunk<V>(p, first, second);
+                emit(slot, w * 256 + offset[0], row, first);
+                emit(slot + 1, w * 256 + offset[1], Height == 4 ? 4 : row, Height == 4 ? first : second);
+                if constexpr (Height == 4) {
+                    emit(slot + 2, w * 256 + offset[2], 0, second);
+                    emit(slot + 3, w * 256 + offset[3], 4, second);
+                }
+            }
+            offset += Height == 4 ? 4 : 2;
+            slot += Height == 4 ? 4 : 2;
+        }
+}
+
+template <Type V, int Height, typename Emit>
+INLINE void each_int_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
+    constexpr int kHalves = Height == 16 ? 2 : 1, kLanes = Height == 4 ? 2 : 1;
+    constexpr int kQuads = V == Type::int4 ? 2 : 1, kStep = 4 * kLanes * kQuads;
+    const std::uint8_t *bits = m.data + m.starts[panel];
+    const auto *scales = reinterpret_cast<const std::uint16_t *>(bits + round_up(m.padded / 8, 32));
+    const auto *p = reinterpret_cast<const std::uint8_t *>(scales + m.padded / m.group * kHalves * 8);
+    Index slot = 0;
+    for (Index k = 0; k < to; k += m.group, bits += m.group / 8, scales += kHalves * 8) {
+        std::uint8_t columns[64];
+        int count = 0;
+        if (k < from) {
+            for (int i = 0; i < m.group / 8; ++i) count += __builtin_popcount(bits[i]);
+            slot += count;
+            p += (count + kStep - 1) / kStep * kHalves * 32;
+            continue;
+        }
+        for (int i = 0; i < m.group / 8; ++i)
+            for (unsigned own = bits[i]; own; own &= own - 1)
+                columns[count++] = std::uint8_t(i * 8 + __builtin_ctz(own));
+        for (int n = 0; n < count; n += kStep)
+            for (int row = 0; row < 8 * kHalves; row += 8, p += 32) {
+                const F8 scale = load_half(scales + row);
+                const B32 bytes = load(p);
+                for (int quad = 0; quad < kQuads; ++quad) {
+                    B32 own = bytes;
+                    if constexpr (V == Type::int4)
+                        own = add8(quad ? high_nibbles(bytes) : low_nibbles(bytes), set1_byte(-8));
+                    const F8 values[4] = {byte_to_float<0>(own), byte_to_float<1>(own),
+                                          byte_to_float<2>(own), byte_to_float<3>(own)};
+                    for (int i = 0; i < 4 * kLanes; ++i) {
+                        const int at = n + 4 * kLanes * quad + i;
+                        if (at < count)
+                            emit(slot + at, k + columns[at], row + i / 4 * 4, mul(values[i % 4], scale));
+                    }
+                }
+            }
+        slot += count;
+    }
+}
+
+template <int Height, typename Emit>
+INLINE void each_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
+    switch (m.type) {
+    case Type::fp32: return each_float_slot<Type::fp32, Height>(m, panel, from, to, emit);
+    case Type::bf16: return each_float_slot<Type::bf16, Height>(m, panel, from, to, emit);
+    case Type::fp16: return each_float_slot<Type::fp16, Height>(m, panel, from, to, emit);
+    case Type::int8: return each_int_slot<Type::int8, Height>(m, panel, from, to, emit);
+    case Type::int4: return each_int_slot<Type::int4, Height>(m, panel, from, to, emit);
+    }
+}
+
+// Blocks of four rows: as many zeros as there are, for the slots of two blocks are not the same.
+void expand_blocks(const View &m, Index panel, Index from, Index to, float *out) {
+    for (Index k = 0; k < to - from; ++k) std::memset(out + k * kTileRows, 0, 16);
+    each_slot<4>(m, panel, from, to, [&](Index, Index column, int lane, F8 values) {
+        float eight[8], *at = out + (column - from) * kTileRows;
+        store(eight, values);
+        for (int r = 0; r < 4; ++r) at[r] += eight[lane + r];
+    });
+}
+
 void expand(const View &m, Index panel, Index from, Index to, float *out) {
+    if (m.kind == Kind::vector) return expand_blocks(m, panel, from, to, out);
     switch (m.type) {
     case Type::fp32: return expand_of<Type::fp32>(m, panel, from, to, out);
     case Type::bf16: return expand_of<Type::bf16>(m, panel, from, to, out);
@@ -67,278 +163,148 @@ void expand(const View &m, Index panel, Index from, Index to, float *out) {
     }
 }
 
-template <Type V>
-void slots_of(const View &m, Index panel, float *w, std::int32_t *places) {
-    const std::uint8_t *p = m.data + m.starts[panel];
+template <int Height> void slots_of(const View &m, Index panel, float *w, std::int32_t *places) {
     const Index windows = (m.columns + 255) / 256;
-    const auto *counts = reinterpret_cast<const std::uint16_t *>(p);
-    const std::uint8_t *offset = p + 2 * windows;
-    std::int32_t *place = places + windows + 1;
-    std::int32_t n = 0;
-    for (Index i = 0; i < windows; ++i) {
-        places[i] = n;
-        for (const std::int32_t end = n + counts[i]; n < end; ++n)
-            place[n] = std::int32_t(i * 256 + *offset++) * kTile;
-    }
-    places[windows] = n;
-    p += round_up(2 * windows + n, 32);
-    for (Index slot = 0; slot < n; slot += 2, w += 2 * kTileRows)
-        for (int h = 0; h < 2; ++h, p += kChunk<V>) {
-            F8 first, second;
-            load_chunk<V>(p, first, second);
-            store(w + 8 * h, first);
-            store(w + kTileRows + 8 * h, second);
-        }
+    Index window = 0, count = 0;
+    each_slot<Height>(m, panel, 0, m.columns, [&](Index slot, Index column, int row, F8 values) {
+        store(w + slot * Height + row, values);
+        if (row) return;
+        for (; window * 256 <= column; ++window) places[window] = std::int32_t(slot);
+        places[windows + 1 + slot] = std::int32_t(column) * kTile;
+        count = slot + 1;
+    });
+    for (; window <= windows; ++window) places[window] = std::int32_t(count);
 }
 
 void slots(const View &m, Index panel, float *w, std::int32_t *places) {
-    switch (m.type) {
-    case Type::fp32: return slots_of<Type::fp32>(m, panel, w, places);
-    case Type::bf16: return slots_of<Type::bf16>(m, panel, w, places);
-    default: return slots_of<Type::fp16>(m, panel, w, places);
-    }
+    m.height == 16 ? slots_of<16>(m, panel, w, places) : slots_of<8>(m, panel, w, places);
 }
 
-template <int T, bool Placed>
+template <int T, int Halves, bool Placed>
 INLINE void tile_of(const float *w, const std::int32_t *place, const float *x, Index count,
                     float *y) {
-    F8 acc[T][2];
-    for (int t = 0; t < T; ++t) {
-        acc[t][0] = load(y + t * kTileRows);
-        acc[t][1] = load(y + t * kTileRows + 8);
-    }
+    F8 acc[T][Halves];
+    for (int t = 0; t < T; ++t)
+        for (int h = 0; h < Halves; ++h) acc[t][h] = load(y + t * kTileRows + 8 * h);
     for (Index n = 0; n < count; ++n) {
-        const F8 low = load(w), high = load(w + 8);
-        w += kTileRows;
+        F8 weights[Halves];
+        for (int h = 0; h < Halves; ++h, w += 8) weights[h] = load(w);
         const float *inputs = Placed ? x + place[n] : x + n * kTile;
         for (int t = 0; t < T; ++t) {
             const F8 input = set1(inputs[t]);
-            acc[t][0] = fma(low, input, acc[t][0]);
-            acc[t][1] = fma(high, input, acc[t][1]);
+            for (int h = 0; h < Halves; ++h) acc[t][h] = fma(weights[h], input, acc[t][h]);
         }
     }
-    for (int t = 0; t < T; ++t) {
-        store(y + t * kTileRows, acc[t][0]);
-        store(y + t * kTileRows + 8, acc[t][1]);
-    }
+    for (int t = 0; t < T; ++t)
+        for (int h = 0; h < Halves; ++h) store(y + t * kTileRows + 8 * h, acc[t][h]);
 }
 
-template <bool Placed>
+template <int Halves, bool Placed>
 void tile_with(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
                float *y) {
     switch (tokens) {
-    case 1: return tile_of<1, Placed>(w, place, x, count, y);
-    case 2: return tile_of<2, Placed>(w, place, x, count, y);
-    case 3: return tile_of<3, Placed>(w, place, x, count, y);
-    case 4: return tile_of<4, Placed>(w, place, x, count, y);
-    case 5: return tile_of<5, Placed>(w, place, x, count, y);
-    default: return tile_of<6, Placed>(w, place, x, count, y);
+    case 1: return tile_of<1, Halves, Placed>(w, place, x, count, y);
+    case 2: return tile_of<2, Halves, Placed>(w, place, x, count, y);
+    case 3: return tile_of<3, Halves, Placed>(w, place, x, count, y);
+    case 4: return tile_of<4, Halves, Placed>(w, place, x, count, y);
+    case 5: return tile_of<5, Halves, Placed>(w, place, x, count, y);
+    default: return tile_of<6, Halves, Placed>(w, place, x, count, y);
     }
 }
 
 void tile(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
           float *y) {
-    if (place) tile_with<true>(w, place, x, count, tokens, y);
-    else tile_with<false>(w, place, x, count, tokens, y);
+    if (place) tile_with<2, true>(w, place, x, count, tokens, y);
+    else tile_with<2, false>(w, place, x, count, tokens, y);
+}
+
+void half_tile(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
+               float *y) {
+    tile_with<1, true>(w, place, x, count, tokens, y);
 }
 
 // ---------------------------------------------------------------------------------- skipped zeros
 
 template <Type V>
-void list_of(const View &m, Index panel, Index from, Index to, std::int32_t step, float *weights,
-             std::int32_t *places, std::int32_t *counts) {
-    const std::uint8_t *bits = m.data + m.starts[panel], *value = bits + m.padded;
-    Index before = 0;
-    for (Index k = 0; k < from; k += 8) {
-        std::uint64_t word;
-        std::memcpy(&word, bits + k, 8);
-        before += __builtin_popcountll(word);
-    }
-    value += before * (V == Type::fp32 ? 4 : 2);
-    for (int r = 0; r < 8; ++r) counts[r] = r * kListed;
-    for (Index k = from; k < to; k += 8)
+void list_of(const View &m, Index panel, Index from, Index to, Index listed, float *weights,
+             std::uint16_t *places, std::int32_t *counts, Index *read) {
+    constexpr Index kWidth = V == Type::fp32 ? 4 : 2;
+    constexpr std::uint64_t kOnes = 0x0101010101010101;  // times this: byte r sums bytes 0 to r
+    const std::uint8_t *bits = m.data + m.starts[panel], *value = bits + m.padded + *read;
+    for (Index k = from; k < to; k += 8) {
+        std::uint64_t masks;  // of eight rows
+        std::memcpy(&masks, bits + k, 8);
+        std::uint64_t sizes = masks - (masks >> 1 & kOnes * 0x55);
+        sizes = (sizes & kOnes * 0x33) + (sizes >> 2 & kOnes * 0x33);
+        sizes = (sizes + (sizes >> 4)) & kOnes * 0x0f;
+        const std::uint64_t ends = sizes * kOnes, starts = ends << 8;
         for (int r = 0; r < 8; ++r) {
             // All eight are written, and the next ones over those that were too many.
-            const std::uint64_t own = bits[k + r];
+            const std::uint8_t *own = value + (starts >> 8 * r & 255) * kWidth;
+            const auto *halves = reinterpret_cast<const std::uint16_t *>(own);
+            const Index to_row = r * listed + counts[r];
             if constexpr (V == Type::fp32)
-                store(weights + counts[r], load(reinterpret_cast<const float *>(value)));
-            else if constexpr (V == Type::fp16)
-                store(weights + counts[r], load_half(reinterpret_cast<const std::uint16_t *>(value)));
-            else
-                store(weights + counts[r], load_bfloat(reinterpret_cast<const std::uint16_t *>(value)));
-            store_places(places + counts[r], own, std::int32_t(k - from), step);
-            counts[r] += int(__builtin_popcountll(own));
-            value += std::uint64_t(__builtin_popcountll(own)) * (V == Type::fp32 ? 4 : 2);
+                store(weights + to_row, load(reinterpret_cast<const float *>(own)));
+            else store(weights + to_row, V == Type::fp16 ? load_half(halves) : load_bfloat(halves));
+            store_places(places + to_row, masks >> 8 * r & 255, int(k - from));
+            counts[r] += std::int32_t(sizes >> 8 * r & 255);
         }
-    for (int r = 0; r < 8; ++r) counts[r] -= r * kListed;
+        value += (ends >> 56) * kWidth;
+    }
+    *read = value - bits - m.padded;
 }
 
-void list(const View &m, Index panel, Index from, Index to, std::int32_t step, float *weights,
-          std::int32_t *places, std::int32_t *counts) {
-    switch (m.type) {
-    case Type::fp32: return list_of<Type::fp32>(m, panel, from, to, step, weights, places, counts);
-    case Type::bf16: return list_of<Type::bf16>(m, panel, from, to, step, weights, places, counts);
-    default: return list_of<Type::fp16>(m, panel, from, to, step, weights, places, counts);
+void list_rest(const View &m, Index panel, Index from, Index to, Index listed, float *weights,
+               std::uint16_t *places, std::int32_t *counts, Index *) {
+    for (Index s = m.rest_starts[panel]; s < m.rest_starts[panel + 1]; ++s) {
+        const auto *words = reinterpret_cast<const std::uint16_t *>(m.rest + s * 32);
+        float eight[8];
+        store(eight, load_half(words + 8));
+        for (int r = 0; r < 8; ++r) {
+            if (words[r] < from || words[r] >= to || eight[r] == 0) continue;
+            weights[r * listed + counts[r]] = eight[r];
+            places[r * listed + counts[r]++] = std::uint16_t(words[r] - from);
+        }
     }
+}
+
+void list(const View &m, Index panel, Index from, Index to, Index listed, float *weights,
+          std::uint16_t *places, std::int32_t *counts, Index *read) {
+    for (int r = 0; r < 8; ++r) counts[r] = 0;
+    const auto own = m.kind != Kind::bitmask ? list_rest
+                     : m.type == Type::fp32  ? list_of<Type::fp32>
+                     : m.type == Type::bf16  ? list_of<Type::bf16>
+                                             : list_of<Type::fp16>;
+    own(m, panel, from, to, listed, weights, places, counts, read);
 }
 
 template <int Vectors>
-INLINE void skip_of(const float *w, const std::int32_t *place, Index count, const float *x, float *y) {
-    F8 acc[Vectors];
-    for (int v = 0; v < Vectors; ++v) acc[v] = load(y + 8 * v);
-    for (Index n = 0; n < count; ++n) {
-        const F8 weight = set1(w[n]);
-        const float *inputs = x + place[n];
-        for (int v = 0; v < Vectors; ++v) acc[v] = fma(weight, load(inputs + 8 * v), acc[v]);
+INLINE void skip_of(const float *w, const std::uint16_t *place, Index listed,
+                    const std::int32_t *counts, const float *x, Index wide, float *y, Index stride) {
+    for (int r = 0; r < 8; ++r, w += listed, place += listed, y += stride) {
+        F8 acc[Vectors];
+        for (int v = 0; v < Vectors; ++v) acc[v] = load(y + 8 * v);
+        for (std::int32_t n = 0; n < counts[r]; ++n) {
+            const F8 weight = set1(w[n]);
+            const float *inputs = x + place[n] * wide;
+            for (int v = 0; v < Vectors; ++v) acc[v] = fma(weight, load(inputs + 8 * v), acc[v]);
+        }
+        for (int v = 0; v < Vectors; ++v) store(y + 8 * v, acc[v]);
     }
-    for (int v = 0; v < Vectors; ++v) store(y + 8 * v, acc[v]);
 }
 
-void skip(const float *w, const std::int32_t *place, Index count, const float *x, int vectors,
-          float *y) {
+void skip(const float *w, const std::uint16_t *place, Index listed, const std::int32_t *counts,
+          const float *x, Index wide, int vectors, float *y, Index stride) {
     switch (vectors) {
-    case 1: return skip_of<1>(w, place, count, x, y);
-    case 2: return skip_of<2>(w, place, count, x, y);
-    case 3: return skip_of<3>(w, place, count, x, y);
-    case 4: return skip_of<4>(w, place, count, x, y);
-    case 5: return skip_of<5>(w, place, count, x, y);
-    case 6: return skip_of<6>(w, place, count, x, y);
-    case 7: return skip_of<7>(w, place, count, x, y);
-    default: return skip_of<8>(w, place, count, x, y);
+    case 1: return skip_of<1>(w, place, listed, counts, x, wide, y, stride);
+    case 2: return skip_of<2>(w, place, listed, counts, x, wide, y, stride);
+    case 3: return skip_of<3>(w, place, listed, counts, x, wide, y, stride);
+    case 4: return skip_of<4>(w, place, listed, counts, x, wide, y, stride);
+    case 5: return skip_of<5>(w, place, listed, counts, x, wide, y, stride);
+    case 6: return skip_of<6>(w, place, listed, counts, x, wide, y, stride);
+    case 7: return skip_of<7>(w, place, listed, counts, x, wide, y, stride);
+    default: return skip_of<8>(w, place, listed, counts, x, wide, y, stride);
     }
-}
-
-// ---------------------------------------------------------------------------------- integers
-
-// Four bytes of a row become two steps of two int16.
-INLINE void store_wide(std::uint8_t *out, B32 quad) {
-    store(out, low_pair16(quad));
-    store(out + 64, high_pair16(quad));
-}
-
-// The dense quad of a window: byte c is the kept one whose index is c, else `none`.
-INLINE B32 spread_window(B32 values, B32 index, B32 first, B32 second, B32 none) {
-    const B32 columns = set1_32(0x03020100);
-    const B32 a = equal8(pick_bytes(index, first), columns);
-    const B32 b = but_not(equal8(pick_bytes(index, second), columns), a);  // a slot to fill up is 0
-    const B32 kept = either(both(a, pick_bytes(values, first)), both(b, pick_bytes(values, second)));
-    return either(kept, but_not(none, either(a, b)));
-}
-
-template <Type V, int G>
-void expand_ints_of(const View &m, Index panel, Index first, Index groups, std::uint8_t *out,
-                    float *scales) {
-    constexpr Index kQuad = V == Type::int8 ? 128 : 64;  // bytes of a quad of 16 rows
-    const bool dense = m.kind == Kind::dense;
-    const Index whole = dense ? 16 + G * 8 / (V == Type::int8 ? 1 : 2)
-                              : 16 + G + G * 4 / (V == Type::int8 ? 1 : 2);
-    const std::uint8_t *p = m.data + m.starts[panel] + first * whole;
-    const B32 none = set1_byte(V == Type::int8 ? 0 : 8), two_bits = set1_byte(3);
-    const B32 place[4] = {lane_byte(0), lane_byte(1), lane_byte(2), lane_byte(3)};
-    const auto put = [&](B32 quad) {
-        if constexpr (V == Type::int8) store_wide(out, quad);
-        else store(out, quad);
-        out += kQuad;
-    };
-    for (Index g = 0; g < groups; ++g) {
-        store(scales + g * kTileRows, load_half(reinterpret_cast<const std::uint16_t *>(p)));
-        p += 16;
-        if (dense) {
-            for (int k = 0; k < G / 4; k += V == Type::int8 ? 1 : 2, p += 32) {
-                const B32 weights = load(p);
-                put(V == Type::int8 ? weights : low_nibbles(weights));
-                if (V == Type::int4) put(high_nibbles(weights));
-            }
-            continue;
-        }
-        for (int block = 0; block < G / 32; ++block) {
-            B32 index = load(p), weights = index;
-            p += 32;
-            for (int quad = 0; quad < 4; ++quad) {
-                if (V == Type::int8 || quad % 2 == 0) {
-                    weights = load(p);
-                    p += 32;
-                }
-                const B32 own = V == Type::int8 ? weights
-                                : quad % 2 == 0 ? low_nibbles(weights)
-                                                : high_nibbles(weights);
-                const B32 now = both(index, two_bits);
-                index = shift_right32<2>(index);
-                put(spread_window(own, now, place[0], place[1], none));
-                put(spread_window(own, now, place[2], place[3], none));
-            }
-        }
-    }
-}
-
-void expand_ints(const View &m, Index panel, Index first, Index groups, std::uint8_t *out,
-                 float *scales) {
-    if (m.type == Type::int8)
-        m.group == 64 ? expand_ints_of<Type::int8, 64>(m, panel, first, groups, out, scales)
-                      : expand_ints_of<Type::int8, 32>(m, panel, first, groups, out, scales);
-    else
-        m.group == 64 ? expand_ints_of<Type::int4, 64>(m, panel, first, groups, out, scales)
-                      : expand_ints_of<Type::int4, 32>(m, panel, first, groups, out, scales);
-}
-
-template <Type V, int G, int T>
-INLINE void tile_ints_of(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
-                         const float *factors, Index groups, float *y) {
-    // int4: eight steps of sums in int16, see dense4.
-    constexpr int kSteps = V == Type::int8 ? G / 2 : 8, kParts = V == Type::int8 ? 1 : G / 32;
-    for (Index g = 0; g < groups; ++g) {
-        B32 whole[T][2];
-        for (int part = 0; part < kParts; ++part) {
-            B32 acc[T][2];
-            for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = zero_bytes();
-#pragma GCC unroll 4
-            for (int k = 0; k < kSteps; ++k, w += 64, x += 4 * kTile) {
-                const B32 low = load(w), high = load(w + 32);
-                for (int t = 0; t < T; ++t) {
-                    const B32 inputs = repeat4(reinterpret_cast<const std::int8_t *>(x + 4 * t));
-                    for (int h = 0; h < 2; ++h) {
-                        const B32 weights = h ? high : low;
-                        acc[t][h] = V == Type::int8
-                                        ? add32(acc[t][h], dot2_16(weights, inputs))
-                                        : add16(acc[t][h], dot2_unsigned(weights, inputs));
-                        settle(acc[t][h]);
-                    }
-                }
-            }
-            for (int t = 0; t < T; ++t)
-                for (int h = 0; h < 2; ++h) {
-                    if constexpr (V == Type::int8) whole[t][h] = acc[t][h];
-                    else if (part == 0) whole[t][h] = sum_pairs16(acc[t][h], 1);
-                    else whole[t][h] = add32(whole[t][h], sum_pairs16(acc[t][h], 1));
-                }
-        }
-        const F8 scale[2] = {load(scales + g * kTileRows), load(scales + g * kTileRows + 8)};
-        for (int t = 0; t < T; ++t) {
-            const F8 factor = set1(factors[g * kTile + t]);
-            for (int h = 0; h < 2; ++h) {
-                float *out = y + t * kTileRows + 8 * h;
-                store(out, fma(mul(to_float(whole[t][h]), scale[h]), factor, load(out)));
-            }
-        }
-    }
-}
-
-template <Type V, int G>
-void tile_ints_with(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
-                    const float *factors, Index groups, int tokens, float *y) {
-    // Tiles are filled up with tokens of 0, so two widths are enough.
-    if (tokens <= 3) tile_ints_of<V, G, 3>(w, scales, x, factors, groups, y);
-    else tile_ints_of<V, G, 6>(w, scales, x, factors, groups, y);
-}
-
-void tile_ints(Type type, int group, const std::uint8_t *w, const float *scales,
-               const std::uint8_t *x, const float *factors, Index groups, int tokens, float *y) {
-    if (type == Type::int8)
-        group == 64 ? tile_ints_with<Type::int8, 64>(w, scales, x, factors, groups, tokens, y)
-                    : tile_ints_with<Type::int8, 32>(w, scales, x, factors, groups, tokens, y);
-    else
-        group == 64 ? tile_ints_with<Type::int4, 64>(w, scales, x, factors, groups, tokens, y)
-                    : tile_ints_with<Type::int4, 32>(w, scales, x, factors, groups, tokens, y);
 }
 
 std::uint64_t checksum(const std::uint64_t *words, Index count) {

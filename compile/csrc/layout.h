@@ -82,10 +82,23 @@ struct Inputs {
     Index padded = 0, groups = 0;
 };
 
+// How int8 activations meet the integers of a matrix with many tokens, step by step.
+enum class Steps {
+    pairs,    // dense int8: two int16
+    quads,    // dense int4: four int8
+    signs,    // 2:4: eight int8 and their negatives
+    windows,  // N:16: sixteen int8
+};
+static inline Steps steps_of(const View &m) {
+    if (m.kind == Kind::dense) return m.type == Type::int8 ? Steps::pairs : Steps::quads;
+    return m.window == 4 ? Steps::signs : Steps::windows;
+}
+static constexpr Index columns_of(Steps steps) { return Index(2) << int(steps); }
+static constexpr Index bytes_of(Steps steps) { return steps <= Steps::quads ? 4 : 16; }
+
 constexpr int kTokens = 4;   // the most that a small product takes at once
 constexpr int kTile = 6;     // tokens of a tile of a large product
 constexpr int kTileRows = 16;
-constexpr int kListed = 104;
 
 // The kernels of one instruction set. `scratch`: 16 * padded + 4096 bytes.
 struct Kernels {
@@ -96,31 +109,37 @@ struct Kernels {
     // Quantise a row of x in groups: q [padded], scale and total [groups].
     void (*quantize)(const float *x, Index columns, Index padded, int group, std::int8_t *q,
                      float *scale, std::int32_t *total);
-    // Columns [from, to) of a panel of dense or N:M floats: out[(k - from) * kTileRows + row].
+    // Columns [from, to) of a panel, of whole windows of 256: out[(k - from) * kTileRows + row]. Dense
+    // or N:M floats, or blocks of four rows.
     void (*expand)(const View &, Index panel, Index from, Index to, float *out);
-    // A whole panel of 16 x 1 blocks of floats: w[slot * kTileRows + row]; of each 256 columns the
-    // first slot in places[0 .. windows], then of each slot its column times kTile.
+    // A whole panel of blocks of H = 16 or 8 rows: w[slot * H + row]; of each 256 columns the first
+    // slot in places[0 .. windows], then of each slot its column times kTile.
     void (*slots)(const View &, Index panel, float *w, std::int32_t *places);
     // y[t * kTileRows + row] += sum over n of w[n * kTileRows + row] * x[place[n] + t] for
     // t < tokens <= kTile; place[n] = n * kTile if it is null.
     void (*tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
                  float *y);
-    // Bitmask: the kept weights of columns [from, to) of the 8 rows of a panel, and of each its
-    // (column - from) * step; counts[r] of row r, from weights[r * kListed] on. At most kListed - 8.
-    void (*list)(const View &, Index panel, Index from, Index to, std::int32_t step, float *weights,
-                 std::int32_t *places, std::int32_t *counts);
-    // One row, the lanes being tokens: y[t] += sum over n of w[n] * x[place[n] + t]
-    // for t < 8 * vectors; vectors <= 8.
-    void (*skip)(const float *w, const std::int32_t *place, Index count, const float *x, int vectors,
-                 float *y);
-    // Integers, dense or 2:4: `groups` groups from the first on, as steps of 4 bytes for each of
-    // kTileRows rows. int8: two int16; int4: four bytes, too large by 8. Of 8 rows: those of `out`
-    // from byte 0 of each 64, scales[g * kTileRows + row].
-    void (*expand_ints)(const View &, Index panel, Index first, Index groups, std::uint8_t *out,
-                        float *scales);
+    // The same for eight rows, w[n * 8 + row].
+    void (*half_tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
+                      float *y);
+    // The kept weights of columns [from, to) of the 8 rows of a panel, and of each its column - from:
+    // of a bitmask all, else those that are left over. counts[r] of row r, from weights[r * listed]
+    // on; 8 more may be written. *read: 0 for the first columns, then what the call before left.
+    void (*list)(const View &, Index panel, Index from, Index to, Index listed, float *weights,
+                 std::uint16_t *places, std::int32_t *counts, Index *read);
+    // Eight rows, the lanes being tokens: y[r * stride + t] += sum over the row's list of
+    // weight * x[place * wide + t] for t < 8 * vectors; vectors <= 8.
+    void (*skip)(const float *w, const std::uint16_t *place, Index listed, const std::int32_t *counts,
+                 const float *x, Index wide, int vectors, float *y, Index stride);
+    // Integers, dense or N:M: `groups` groups from the first on of a panel, which is the upper or the
+    // lower half of a tile, in the order of Steps; scales[g * kTileRows + row]. `out` holds both
+    // halves, at most 32 bytes a column.
+    void (*expand_ints)(const View &, Index panel, int half, Index first, Index groups,
+                        std::uint8_t *out, float *scales);
     // y[t * kTileRows + row] += sum over groups of scales[g * kTileRows + row] * factors[g * kTile + t]
-    // * sum over the group's steps of w * x, x being [step][kTile] of 4 bytes; G columns each.
-    void (*tile_ints)(Type, int group, const std::uint8_t *w, const float *scales,
+    // * sum over the group's steps of w * x, x being [step][kTile] of the step's bytes. int4, dense:
+    // weights are too large by 8.
+    void (*tile_ints)(const View &, const std::uint8_t *w, const float *scales,
                       const std::uint8_t *x, const float *factors, Index groups, int tokens, float *y);
     // The sum of words, read as fast as memory gives them.
     std::uint64_t (*checksum)(const std::uint64_t *words, Index count);

@@ -67,7 +67,8 @@ class Pool {
     void run(Index count, Index grain, void (*work)(void *, Index, Index), void *context) {
         const std::unique_lock<std::mutex> own(busy_, std::try_to_lock);
         if (!own || workers_.empty() || count <= grain) {
-            work(context, 0, count);
+            for (Index from = 0; from < count; from += grain)
+                work(context, from, std::min(count, from + grain));
             return;
         }
         count_ = count;

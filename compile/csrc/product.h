@@ -14,6 +14,9 @@ struct Factor {
 // x: [tokens, columns], the same columns in all factors.
 void multiply(const std::vector<Factor> &factors, const float *x, Index columns, Index tokens);
 
+// The same for many tokens; multiply calls it.
+void multiply_large(const std::vector<Factor> &factors, const float *x, Index columns, Index tokens);
+
 // The kernels in use; and which could be.
 const Kernels &kernels();
 std::vector<const Kernels *> usable_kernels();

@@ -68,8 +68,6 @@ INLINE B32 load(const std::uint8_t *p) {
 INLINE void store(std::uint8_t *p, B32 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), x);
 }
-// Have it in its register now: else the compiler first makes all products, more than registers hold.
-INLINE void settle(B32 &x) { asm volatile("" : "+x"(x)); }
 INLINE B32 zero_bytes() { return _mm256_setzero_si256(); }
 INLINE B32 set1_byte(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
 INLINE B32 pair_base() { return _mm256_set1_epi32(0x04040000); }
@@ -102,19 +100,17 @@ INLINE B32 dot2(B32 a, B32 b) {
 INLINE B32 dot2_unsigned(B32 a, B32 b) { return _mm256_maddubs_epi16(a, b); }
 INLINE B32 add16(B32 a, B32 b) { return _mm256_add_epi16(a, b); }
 INLINE B32 add32(B32 a, B32 b) { return _mm256_add_epi32(a, b); }
+// The compiler would first make all products, more than registers hold, and copy the sums.
+INLINE void accumulate16(B32 &sum, B32 x) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
+INLINE void accumulate32(B32 &sum, B32 x) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
+INLINE B32 add8(B32 a, B32 b) { return _mm256_add_epi8(a, b); }
+INLINE B32 magnitude8(B32 x) { return _mm256_abs_epi8(x); }
 INLINE B32 subtract32(B32 a, B32 b) { return _mm256_sub_epi32(a, b); }
 INLINE B32 set1_32(std::int32_t x) { return _mm256_set1_epi32(x); }
 INLINE B32 sum_pairs16(B32 x, int factor) {
     return _mm256_madd_epi16(x, _mm256_set1_epi16(static_cast<short>(factor)));
 }
 INLINE B32 dot2_16(B32 a, B32 b) { return _mm256_madd_epi16(a, b); }
-INLINE B32 equal8(B32 a, B32 b) { return _mm256_cmpeq_epi8(a, b); }
-INLINE B32 but_not(B32 a, B32 b) { return _mm256_andnot_si256(b, a); }
-INLINE B32 lane_byte(int i) {
-    return _mm256_add_epi8(_mm256_set1_epi8(static_cast<char>(i)),
-                           _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
-                                             0x08080808, 0x0c0c0c0c));
-}
 INLINE B32 low_pair16(B32 x) {
     const B32 places = _mm256_set_epi32(0x0d800c80, 0x09800880, 0x05800480, 0x01800080, 0x0d800c80,
                                         0x09800880, 0x05800480, 0x01800080);
@@ -122,15 +118,15 @@ INLINE B32 low_pair16(B32 x) {
 }
 INLINE B32 high_pair16(B32 x) { return low_pair16(_mm256_srli_epi32(x, 16)); }
 INLINE F8 to_float(B32 x) { return _mm256_cvtepi32_ps(x); }
-
-
-// (first + i) * step of the bits i that are set in the mask, then anything: 8 are written.
-INLINE void store_places(std::int32_t *to, std::uint64_t mask, std::int32_t first, std::int32_t step) {
+template <int Byte> INLINE F8 byte_to_float(B32 x) {
+    return to_float(_mm256_srai_epi32(_mm256_slli_epi32(x, 24 - 8 * Byte), 24));
+}
+// first + i of the bits i that are set in the mask, then anything: 8 are written.
+INLINE void store_places(std::uint16_t *to, std::uint64_t mask, int first) {
     const auto *kept = reinterpret_cast<const __m128i *>(kKept.v[mask]);
-    const __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64(kept));
-    const __m256i moved = _mm256_add_epi32(places, _mm256_set1_epi32(first));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to),
-                        _mm256_mullo_epi32(moved, _mm256_set1_epi32(step)));
+    const __m128i places = _mm_cvtepu8_epi16(_mm_loadl_epi64(kept));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to),
+                     _mm_add_epi16(places, _mm_set1_epi16(static_cast<short>(first))));
 }
 // The eight bytes at p whose bits are set in the mask side by side at `to`, zeros behind them.
 INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {

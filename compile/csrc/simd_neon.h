@@ -100,7 +100,6 @@ INLINE F8 gather(const float *base, const std::uint16_t *index) {
 
 // Bytes.
 INLINE B32 load(const std::uint8_t *p) { return {vld1q_u8(p), vld1q_u8(p + 16)}; }
-INLINE void settle(B32 &) {}
 INLINE void store(std::uint8_t *p, B32 x) {
     vst1q_u8(p, x.low);
     vst1q_u8(p + 16, x.high);
@@ -121,8 +120,6 @@ INLINE F8 as_float(B32 x) {
 INLINE B32 as_bytes(F8 x) { return {vreinterpretq_u8_f32(x.low), vreinterpretq_u8_f32(x.high)}; }
 INLINE B32 both(B32 a, B32 b) { return {vandq_u8(a.low, b.low), vandq_u8(a.high, b.high)}; }
 INLINE B32 either(B32 a, B32 b) { return {vorrq_u8(a.low, b.low), vorrq_u8(a.high, b.high)}; }
-INLINE B32 but_not(B32 a, B32 b) { return {vbicq_u8(a.low, b.low), vbicq_u8(a.high, b.high)}; }
-INLINE B32 equal8(B32 a, B32 b) { return {vceqq_u8(a.low, b.low), vceqq_u8(a.high, b.high)}; }
 INLINE B32 equal32(B32 a, int b) {
     return {u8(vceqq_s32(s32(a.low), vdupq_n_s32(b))), u8(vceqq_s32(s32(a.high), vdupq_n_s32(b)))};
 }
@@ -147,12 +144,18 @@ INLINE uint8x16_t dot2(uint8x16_t a, uint8x16_t b) {
     return u8(vpaddq_s16(first, vmull_high_s8(s8(a), s8(b))));
 }
 INLINE B32 dot2(B32 a, B32 b) { return {dot2(a.low, b.low), dot2(a.high, b.high)}; }
-INLINE B32 dot2_unsigned(B32 a, B32 b) { return dot2(a, b); }  // at most 15: the same as int8
+INLINE B32 dot2_unsigned(B32 a, B32 b) { return dot2(a, b); }  // at most 127: the same as int8
 INLINE B32 add16(B32 a, B32 b) {
     return {u8(vaddq_s16(s16(a.low), s16(b.low))), u8(vaddq_s16(s16(a.high), s16(b.high)))};
 }
 INLINE B32 add32(B32 a, B32 b) {
     return {u8(vaddq_s32(s32(a.low), s32(b.low))), u8(vaddq_s32(s32(a.high), s32(b.high)))};
+}
+INLINE void accumulate16(B32 &sum, B32 x) { sum = add16(sum, x); }
+INLINE void accumulate32(B32 &sum, B32 x) { sum = add32(sum, x); }
+INLINE B32 add8(B32 a, B32 b) { return {vaddq_u8(a.low, b.low), vaddq_u8(a.high, b.high)}; }
+INLINE B32 magnitude8(B32 x) {
+    return {vreinterpretq_u8_s8(vabsq_s8(s8(x.low))), vreinterpretq_u8_s8(vabsq_s8(s8(x.high)))};
 }
 INLINE B32 subtract32(B32 a, B32 b) {
     return {u8(vsubq_s32(s32(a.low), s32(b.low))), u8(vsubq_s32(s32(a.high), s32(b.high)))};
@@ -166,25 +169,24 @@ INLINE uint8x16_t dot2_16(uint8x16_t a, uint8x16_t b) {
     return u8(vpaddq_s32(first, vmull_high_s16(s16(a), s16(b))));
 }
 INLINE B32 dot2_16(B32 a, B32 b) { return {dot2_16(a.low, b.low), dot2_16(a.high, b.high)}; }
-INLINE B32 lane_byte(int i) {
-    const uint32x4_t lanes{0, 1, 2, 3};
-    const auto places = static_cast<std::uint32_t>(i) * 0x01010101;
-    return twice(u8(vaddq_u32(vmulq_n_u32(lanes, 0x04040404), vdupq_n_u32(places))));
-}
 INLINE uint8x16_t low_pair16(uint8x16_t x) {  // of four int16, the first two of eight
     const int16x8_t first = vmovl_s8(vget_low_s8(s8(x))), second = vmovl_high_s8(s8(x));
     return vreinterpretq_u8_s32(vuzp1q_s32(vreinterpretq_s32_s16(first), vreinterpretq_s32_s16(second)));
 }
 INLINE B32 low_pair16(B32 x) { return {low_pair16(x.low), low_pair16(x.high)}; }
 INLINE B32 high_pair16(B32 x) { return low_pair16(shift_right32<16>(x)); }
+template <int Byte> INLINE F8 byte_to_float(B32 x) {
+    const auto one = [](uint8x16_t lanes) {
+        return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(s32(lanes), 24 - 8 * Byte), 24));
+    };
+    return {one(x.low), one(x.high)};
+}
 INLINE F8 to_float(B32 x) { return {vcvtq_f32_s32(s32(x.low)), vcvtq_f32_s32(s32(x.high))}; }
 
-// (first + i) * step of the bits i that are set in the mask, then anything: 8 are written.
-INLINE void store_places(std::int32_t *to, std::uint64_t mask, std::int32_t first, std::int32_t step) {
-    const int16x8_t places = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(kKept.v[mask])));
-    const int32x4_t from = vdupq_n_s32(first);
-    vst1q_s32(to, vmulq_n_s32(vaddw_s16(from, vget_low_s16(places)), step));
-    vst1q_s32(to + 4, vmulq_n_s32(vaddw_high_s16(from, places), step));
+// first + i of the bits i that are set in the mask, then anything: 8 are written.
+INLINE void store_places(std::uint16_t *to, std::uint64_t mask, int first) {
+    const uint16x8_t places = vmovl_u8(vld1_u8(kKept.v[mask]));
+    vst1q_u16(to, vaddq_u16(places, vdupq_n_u16(static_cast<std::uint16_t>(first))));
 }
 // The eight bytes at p whose bits are set in the mask side by side at `to`, zeros behind them.
 INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {

@@ -130,7 +130,6 @@ INLINE B32 load(const std::uint8_t *p) {
     std::memcpy(x.v, p, 32);
     return x;
 }
-INLINE void settle(B32 &) {}  // a hint for the compiler's use of registers
 INLINE void store(std::uint8_t *p, B32 x) { std::memcpy(p, x.v, 32); }
 INLINE B32 set1_byte(int x) { return each<std::int8_t>([&](int) { return x; }); }
 INLINE B32 zero_bytes() { return set1_byte(0); }
@@ -193,7 +192,7 @@ INLINE B32 dot2(B32 a, B32 b) {
     return each<std::int16_t>(
         [&](int i) { return x.v[2 * i] * y.v[2 * i] + x.v[2 * i + 1] * y.v[2 * i + 1]; });
 }
-// The same for uint8 a, at most 15.
+// The same for uint8 a, at most 127.
 INLINE B32 dot2_unsigned(B32 a, B32 b) {
     const auto y = as<std::int8_t>(b);
     return each<std::int16_t>(
@@ -206,6 +205,17 @@ INLINE B32 add16(B32 a, B32 b) {
 INLINE B32 add32(B32 a, B32 b) {
     const auto x = as<std::int32_t>(a), y = as<std::int32_t>(b);
     return each<std::int32_t>([&](int i) { return x.v[i] + y.v[i]; });
+}
+// sum += x, in the register that holds the sum.
+INLINE void accumulate16(B32 &sum, B32 x) { sum = add16(sum, x); }
+INLINE void accumulate32(B32 &sum, B32 x) { sum = add32(sum, x); }
+INLINE B32 add8(B32 a, B32 b) {
+    return each<std::uint8_t>([&](int i) { return a.v[i] + b.v[i]; });
+}
+// Magnitudes of int8, none of which is -128.
+INLINE B32 magnitude8(B32 a) {
+    const auto x = as<std::int8_t>(a);
+    return each<std::int8_t>([&](int i) { return x.v[i] < 0 ? -x.v[i] : x.v[i]; });
 }
 INLINE B32 subtract32(B32 a, B32 b) {
     const auto x = as<std::int32_t>(a), y = as<std::int32_t>(b);
@@ -225,33 +235,26 @@ INLINE B32 dot2_16(B32 a, B32 b) {
     return each<std::int32_t>(
         [&](int i) { return x.v[2 * i] * y.v[2 * i] + x.v[2 * i + 1] * y.v[2 * i + 1]; });
 }
-// All bits of a byte set where two are equal.
-INLINE B32 equal8(B32 a, B32 b) {
-    return each<std::uint8_t>([&](int i) { return a.v[i] == b.v[i] ? 255 : 0; });
-}
-// a without the bits of b.
-INLINE B32 but_not(B32 a, B32 b) {
-    return each<std::uint8_t>([&](int i) { return a.v[i] & ~b.v[i]; });
-}
-// Indices for pick_bytes: byte i of each int32, four times.
-INLINE B32 lane_byte(int i) {
-    return each<std::uint8_t>([&](int k) { return k % 16 / 4 * 4 + i; });
-}
 // The two low or the two high int8 of each int32 as two int16.
 INLINE B32 low_pair16(B32 x) {
     const auto lanes = as<std::int8_t>(x);
     return each<std::int16_t>([&](int i) { return lanes.v[i / 2 * 4 + i % 2]; });
 }
 INLINE B32 high_pair16(B32 x) { return low_pair16(shift_right32<16>(x)); }
+// Lane i: the int8 that is byte Byte of int32 i.
+template <int Byte> INLINE F8 byte_to_float(B32 x) {
+    const auto lanes = as<std::int8_t>(x);
+    return each_float([&](int i) { return float(lanes.v[4 * i + Byte]); });
+}
 INLINE F8 to_float(B32 x) {
     const auto lanes = as<std::int32_t>(x);
     return each_float([&](int i) { return float(lanes.v[i]); });
 }
 
-// (first + i) * step of the bits i that are set in the mask, then anything: 8 may be written.
-INLINE void store_places(std::int32_t *to, std::uint64_t mask, std::int32_t first, std::int32_t step) {
+// first + i of the bits i that are set in the mask, then anything: 8 may be written.
+INLINE void store_places(std::uint16_t *to, std::uint64_t mask, int first) {
     for (int i = 0; i < 8; ++i)
-        if (mask >> i & 1) *to++ = (first + i) * step;
+        if (mask >> i & 1) *to++ = std::uint16_t(first + i);
 }
 // Those of the eight bytes at p whose bits are set in the mask, side by side at `to`; it writes 8.
 INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {

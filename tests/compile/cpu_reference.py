@@ -137,8 +137,8 @@ def decoded(weight: Weight, layout: str) -> Array:
 
 
 def takes_int8(matrix: cpu.CpuMatrix, tokens: int) -> bool:
-    """Whether a product quantises its activations; with many tokens, two layouts do."""
-    return matrix.activations == "int8" and (tokens <= FEW or matrix.layout in ("dense", "2:4"))
+    """Whether a product quantises its activations; with many tokens, blocks do not."""
+    return matrix.activations == "int8" and (tokens <= FEW or not matrix.layout.endswith("x1"))
 
 
 def product(weight: Weight, matrix: cpu.CpuMatrix, x: Array) -> tuple[Array, float]:

@@ -84,7 +84,7 @@ def test_activations_of_integers(pattern: str, value_type: Any, activations: Any
     matrix = weight.pack(activations=activations)
     for name in cpu.isas():
         cpu.use_isa(name)
-        for tokens in (1, 3, 16, 17):
+        for tokens in (1, 3, 16, 17, 35):
             x = rng.standard_normal((tokens, 208), np.float32)
             assert error(matrix.matmul(x), weight, matrix, x) < 1e-6
 
@@ -103,7 +103,7 @@ def test_layouts_that_are_asked_for(pattern: str, layout: str, value_type: cpu.V
     assert np.array_equal(matrix.decode(), decoded(weight, layout))
     for name in cpu.isas():
         cpu.use_isa(name)
-        for tokens in (1, 6, 23):
+        for tokens in (1, 6, 40):
             x = rng.standard_normal((tokens, 196), np.float32)
             assert error(matrix.matmul(x), weight, matrix, x) < 1e-6
 
@@ -117,7 +117,7 @@ def test_a_wide_matrix(pattern: str, value_type: cpu.Values) -> None:
     matrix = weight.pack()
     for name in cpu.isas():
         cpu.use_isa(name)
-        for tokens in (1, 4, 18):
+        for tokens in (1, 4, 40):
             x = rng.standard_normal((tokens, 2048), np.float32)
             wanted, _ = product(weight, matrix, x)
             found = matrix.matmul(x)

@@ -11,7 +11,8 @@ import pytest
 
 from secateur.compile import cpu
 from secateur.errors import EnvironmentFault, ModelError, SecateurError, UsageError
-from tests.compile.cpu_reference import Weight, error, make_weight
+from secateur.pattern import Pattern
+from tests.compile.cpu_reference import TYPES, Weight, draw_mask, error, make_weight
 
 NO_GAIN = r"with {} values, dense is faster than {} \(\d+ % kept\)"
 
@@ -177,3 +178,14 @@ def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_speed_of_memory() -> None:
     assert len(cpu.read_bandwidth(1 << 22, 3)) == 3
     assert all(speed > 0 for speed in cpu.read_bandwidth(1 << 22, 2))
+
+
+@pytest.mark.parametrize("value_type", TYPES)
+def test_windows_that_keep_less_than_two(value_type: cpu.Values) -> None:
+    """Rows that mix full windows of 2:4 with others: int4 rows begin within a byte, too."""
+    rng = np.random.default_rng(7)
+    mask = draw_mask(rng, (24, 196), Pattern.parse("2:4"))
+    mask &= (rng.random(mask.shape) < 0.95) | (np.arange(196) % 96 < 64)
+    assert 0 < (mask.reshape(24, -1, 4).sum(-1) < 2).mean() < 0.2
+    weight = make_weight(rng, mask.shape, "2:4", value_type, 32, mask)
+    assert np.array_equal(weight.pack().decode(), weight.dense)

@@ -16,6 +16,7 @@ from tests.compile.cpu_reference import TYPES, Weight, error, make_weight, resto
 
 PATTERNS = ["dense", "2:4", "4:16", "4:8", "50%", "90%", "50%@4x1", "50%@8x1", "75%@16x1"]
 MIXED = [("2:4", "bf16"), ("80%", "int8"), ("50%@4x1", "int4"), ("dense", "fp32"), ("4:8", "int8")]
+MIXED += [("70%", "fp32"), ("75%@16x1", "int8")]
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,7 @@ def test_zeros_and_denormal_inputs(pattern: str, value_type: Any) -> None:
 def test_bias_and_out(pattern: str, value_type: Any) -> None:
     matrix = weight(pattern, value_type).pack()
     bias = inputs(1, 48)[0]
-    for tokens in (0, 1, 5, 20):
+    for tokens in (0, 1, 5, 20, 40):
         x = inputs(tokens)
         plain = matrix.matmul(x)
         assert plain.shape == (tokens, 48)
@@ -111,7 +112,7 @@ def test_several_matrices_at_once() -> None:
     ]
     matrices = [each.pack() for each in made]
     biases = [None if i % 2 else inputs(1, m.rows)[0] for i, m in enumerate(matrices)]
-    for tokens in (0, 1, 3, 16, 17):
+    for tokens in (0, 1, 3, 16, 17, 40):
         x = inputs(tokens)
         alone = [m.matmul(x, b) for m, b in zip(matrices, biases, strict=True)]
         outs = [np.empty((tokens, m.rows), np.float32) for m in matrices]

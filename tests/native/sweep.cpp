@@ -280,9 +280,8 @@ std::string digits(double x) {
 void check(const Packed &p, const Dense &d, bool act8, const float *x, Index tokens, const float *bias,
            const float *y, const std::string &where) {
     const Index group = std::min(p.group, 64);
-    const bool tiled = p.shape.kind == Kind::dense ||
-                       (p.shape.kind == Kind::nm && p.shape.window == 4 && !p.shape.rest);
-    const bool rough = act8 && is_integer(p.type) && (tokens <= kFew || tiled);
+    const bool blocks = p.shape.kind == Kind::vector;
+    const bool rough = act8 && is_integer(p.type) && (tokens <= kFew || !blocks);
     std::vector<double> q, scale;
     for (Index t = 0; t < tokens; ++t) {
         const float *in = x + t * p.columns;

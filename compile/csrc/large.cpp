@@ -1,0 +1,327 @@
+// Products with many tokens: what is read of the weights is used for all of them.
+#include <algorithm>
+#include <cstring>
+
+#include "pool.h"
+#include "product.h"
+#include "scratch.h"
+
+namespace {
+
+constexpr Index kDepth = 256;  // columns of a piece
+constexpr Index kUnits = 4;    // times kTileRows: rows of a piece
+constexpr Index kBatch = 40;   // tiles of tokens of a piece
+constexpr Index kSkipped = 8;  // panels of 8 rows that run over single weights at once
+
+// The results of a batch of tiles: sums[unit][tile][token][row].
+void write_tiles(const Factor &f, const float *sums, Index first, Index count, Index tile0,
+                 Index batch, Index tokens) {
+    const Index all = f.matrix->view().rows;
+    for (Index tile = 0; tile < batch; ++tile)
+        for (Index t = 0; t < kTile; ++t) {
+            const Index token = (tile0 + tile) * kTile + t;
+            if (token >= tokens) break;
+            for (Index u = 0; u < count; ++u) {
+                const Index top = (first + u) * kTileRows, rows = std::min<Index>(kTileRows, all - top);
+                const float *from = sums + ((u * batch + tile) * kTile + t) * kTileRows;
+                float *y = f.y + token * all + top;
+                for (Index r = 0; r < rows; ++r) y[r] = from[r] + (f.bias ? f.bias[top + r] : 0.0f);
+            }
+        }
+}
+
+// Every piece of the columns of every kTileRows rows, a unit, meets every tile of tokens. Each
+// thread has a Work of its own, which has room for kUnits units:
+//   expand(unit, piece, u): make the piece ready, as the u-th of those at hand
+//   run(piece, u, tile, here, y): y[token * kTileRows + row] += for the `here` tokens of a tile
+template <typename Work>
+void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared) {
+    const Index tiles = (tokens + kTile - 1) / kTile, size = kTile * kTileRows;
+    const Index units = (f.matrix->view().rows + kTileRows - 1) / kTileRows;
+    const Index step = std::max<Index>(1, std::min(kUnits, units / (2 * get_threads())));
+    over_panels(units, step, [&](Index first, Index last) {
+        Work work = shared;
+        work.take_room();
+        const Index count = last - first;
+        float *sums = scratch<float, Room::sums>(kUnits * kBatch * size);
+        for (Index tile0 = 0; tile0 < tiles; tile0 += kBatch) {
+            const Index batch = std::min(kBatch, tiles - tile0);
+            std::fill(sums, sums + count * batch * size, 0.0f);
+            for (Index piece = 0; piece < pieces; ++piece)
+                for (Index u = 0; u < count; ++u) {
+                    work.expand(first + u, piece, u);
+                    for (Index tile = 0; tile < batch; ++tile) {
+                        const Index at = tile0 + tile;
+                        const int here = int(std::min<Index>(kTile, tokens - at * kTile));
+                        work.run(piece, u, at, here, sums + (u * batch + tile) * size);
+                    }
+                }
+            write_tiles(f, sums, first, count, tile0, batch, tokens);
+        }
+    });
+}
+
+// --------------------------------------------------------------------------------------- floats
+
+// Tokens in tiles: tiled[tile][column][token], zeros behind the columns and the tokens.
+const float *tile_floats(const float *x, Index columns, Index tokens, Index padded, Index width) {
+    const Index tiles = (tokens + width - 1) / width, pieces = padded / 32;
+    float *tiled = scratch<float, Room::tiled>(tiles * padded * width + 64);
+    over_panels(tiles * pieces, 16, [&](Index from, Index to) {
+        for (Index i = from; i < to; ++i) {
+            const Index tile = i / pieces, top = i % pieces * 32;
+            float *out = tiled + (tile * padded + top) * width;
+            for (Index t = 0; t < width; ++t) {
+                const Index token = tile * width + t;
+                const float *in = x + token * columns + top;
+                const Index here = token < tokens ? std::max<Index>(0, std::min<Index>(32, columns - top)) : 0;
+                for (Index c = 0; c < here; ++c) out[c * width + t] = in[c];
+                for (Index c = here; c < 32; ++c) out[c * width + t] = 0;
+            }
+        }
+    });
+    return tiled;
+}
+
+// The weights as floats, zeros included.
+struct DenseWork {
+    const Matrix &matrix;
+    const View &m;
+    const float *tiled;
+    Index padded;
+    float *weights = nullptr;
+
+    void take_room() { weights = scratch<float, Room::weights>(kUnits * kDepth * kTileRows); }
+    float *own(Index u) const { return weights + u * kDepth * kTileRows; }
+    void expand(Index unit, Index piece, Index u) const {
+        const Index from = piece * kDepth, to = std::min(m.padded, from + kDepth);
+        const Index panels = kTileRows / m.height;
+        const bool fast = m.kind == Kind::vector || !(is_integer(m.type) || m.rest_starts);
+        if ((unit + 1) * panels > m.panels) std::fill(own(u), own(u) + kDepth * kTileRows, 0.0f);
+        for (Index h = 0; h < panels && unit * panels + h < m.panels; ++h) {
+            const Index panel = unit * panels + h;
+            if (fast) kernels().expand(m, panel, from, to, own(u) + h * m.height);
+            else matrix.decode(panel, from, to, own(u) + h * m.height);
+        }
+    }
+    void run(Index piece, Index u, Index tile, int here, float *y) const {
+        const Index from = piece * kDepth, count = std::min(m.padded - from, kDepth);
+        kernels().tile(own(u), nullptr, tiled + (tile * padded + from) * kTile, count, here, y);
+    }
+};
+
+// Blocks of 16 or 8 rows: of the columns, those that are kept.
+struct SlotWork {
+    const View &m;
+    const float *tiled;
+    Index padded;
+    float *weights = nullptr;
+    std::int32_t *places = nullptr;
+
+    Index blocks() const { return kTileRows / m.height; }  // of a unit
+    Index windows() const { return (m.columns + kDepth - 1) / kDepth; }
+    Index listed() const { return padded + windows() + 1; }
+    void take_room() {
+        weights = scratch<float, Room::weights>(kUnits * padded * kTileRows);
+        places = scratch<std::int32_t, Room::places>(kUnits * blocks() * listed());
+    }
+    void expand(Index unit, Index piece, Index u) const {
+        if (piece) return;
+        for (Index b = 0; b < blocks(); ++b) {
+            std::int32_t *own = places + (u * blocks() + b) * listed();
+            const Index panel = unit * blocks() + b;
+            if (panel < m.panels) kernels().slots(m, panel, weights + (u * blocks() + b) * padded * m.height, own);
+            else std::fill(own, own + windows() + 1, 0);
+        }
+    }
+    void run(Index piece, Index u, Index tile, int here, float *y) const {
+        const auto product = m.height == 16 ? kernels().tile : kernels().half_tile;
+        for (Index b = 0; b < blocks(); ++b) {
+            const std::int32_t *bounds = places + (u * blocks() + b) * listed();
+            const std::int32_t first = bounds[piece], end = bounds[piece + 1];
+            product(weights + ((u * blocks() + b) * padded + first) * m.height, bounds + windows() + 1 + first,
+                    tiled + tile * padded * kTile, end - first, here, y + b * m.height);
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------- integers
+
+// Activations in tiles of Steps.
+struct IntTiles {
+    const std::uint8_t *steps;  // [tile][step][token]
+    const float *factors;       // [tile][group][token]: the scales
+    const float *totals;        // the same: what weights that are too large by 8 give too much
+    Index groups, tile_bytes;
+};
+
+void write_steps(Steps steps, const std::int8_t *q, Index count, std::uint8_t *out) {
+    const Index stride = kTile * bytes_of(steps), columns = columns_of(steps);
+    for (Index s = 0; s < count; ++s, q += columns, out += stride) {
+        if (steps == Steps::pairs) {
+            const std::int16_t pair[2] = {q[0], q[1]};
+            std::memcpy(out, pair, 4);
+        } else if (steps == Steps::quads) {
+            std::memcpy(out, q, 4);
+        } else if (steps == Steps::signs) {
+            std::int8_t both[16];
+            for (int i = 0; i < 8; ++i) {
+                both[i] = q[i];
+                both[8 + i] = std::int8_t(-q[i]);
+            }
+            std::memcpy(out, both, 16);
+        } else {
+            std::memcpy(out, q, 16);
+        }
+    }
+}
+
+IntTiles tile_ints(Steps steps, int group, const float *x, Index columns, Index tokens) {
+    const Kernels &k = kernels();
+    const Index tiles = (tokens + kTile - 1) / kTile, padded = round_up(columns, group);
+    const Index groups = padded / group, count = padded / columns_of(steps), size = bytes_of(steps);
+    std::uint8_t *tiled = scratch<std::uint8_t, Room::tiled>(tiles * count * size * kTile + 64);
+    float *factors = scratch<float, Room::factors>(tiles * groups * kTile);
+    float *totals = scratch<float, Room::totals>(tiles * groups * kTile);
+    over_panels(tiles, 1, [&](Index from, Index to) {
+        std::int8_t *q = scratch<std::int8_t, Room::q>(padded);
+        float *scale = scratch<float, Room::scale>(groups);
+        std::int32_t *total = scratch<std::int32_t, Room::total>(groups);
+        for (Index token = from * kTile; token < to * kTile; ++token) {
+            const Index tile = token / kTile, t = token % kTile;
+            if (token < tokens) {
+                k.quantize(x + token * columns, columns, padded, group, q, scale, total);
+            } else {
+                std::fill(q, q + padded, std::int8_t(0));
+                std::fill(scale, scale + groups, 0.0f);
+                std::fill(total, total + groups, 0);
+            }
+            write_steps(steps, q, count, tiled + (tile * count * kTile + t) * size);
+            for (Index g = 0; g < groups; ++g) {
+                factors[(tile * groups + g) * kTile + t] = scale[g];
+                totals[(tile * groups + g) * kTile + t] = -8.0f * scale[g] * float(total[g]);
+            }
+        }
+    });
+    return {tiled, factors, totals, groups, count * size * kTile};
+}
+
+struct IntWork {
+    const View &m;
+    IntTiles in;
+    std::uint8_t *weights = nullptr;
+    float *scales = nullptr;
+
+    Index depth() const { return kDepth / m.group; }  // groups of a piece
+    void take_room() {
+        weights = scratch<std::uint8_t, Room::weights>(kUnits * kDepth * 32);
+        scales = scratch<float, Room::scales>(kUnits * depth() * kTileRows);
+    }
+    std::uint8_t *own(Index u) const { return weights + u * kDepth * 32; }
+    float *own_scales(Index u) const { return scales + u * depth() * kTileRows; }
+    void expand(Index unit, Index piece, Index u) const {
+        const Index g = piece * depth(), here = std::min(depth(), in.groups - g);
+        for (int half = 0; half < 2; ++half)
+            kernels().expand_ints(m, std::min(unit * 2 + half, m.panels - 1), half, g, here, own(u),
+                                  own_scales(u));
+    }
+    void run(Index piece, Index u, Index tile, int here, float *y) const {
+        const Index g = piece * depth(), groups = std::min(depth(), in.groups - g);
+        const Index at = (tile * in.groups + g) * kTile;
+        const std::uint8_t *steps = in.steps + tile * in.tile_bytes + g * (in.tile_bytes / in.groups);
+        kernels().tile_ints(m, own(u), own_scales(u), steps, in.factors + at, groups, here, y);
+        if (steps_of(m) == Steps::quads)
+            kernels().tile(own_scales(u), nullptr, in.totals + at, groups, here, y);
+    }
+};
+
+// ---------------------------------------------------------------------------------- single weights
+
+// The lanes are tokens, and every kept weight is one step: of bitmasks all weights, else those that
+// are left over, which are added to y. A piece has `wide` tokens and `depth` columns: of a bitmask so
+// many that the activations stay in the cache; weights that are left over are few, and far apart.
+void multiply_skipping(const Factor &f, const float *x, Index columns, Index tokens, Index wide,
+                       Index depth) {
+    const Kernels &k = kernels();
+    const View &m = f.matrix->view();
+    const bool added = m.kind != Kind::bitmask;
+    const Index padded = round_up(m.padded, depth), tiles = (tokens + wide - 1) / wide;
+    const Index listed = depth + 8;
+    const float *tiled = tile_floats(x, columns, tokens, padded, wide);
+    const Index step = std::max<Index>(1, std::min(kSkipped, m.panels / (2 * get_threads())));
+    over_panels(m.panels, step, [&](Index first, Index last) {
+        const Index count = last - first;
+        const Index width = tiles * wide + 16;  // rows that do not share their cache lines
+        float *weights = scratch<float, Room::weights>(count * 8 * listed);
+        auto *places = scratch<std::uint16_t, Room::places>(count * 8 * listed);
+        std::int32_t *counts = scratch<std::int32_t, Room::counts>(count * 8);
+        float *sums = scratch<float, Room::sums>(count * 8 * width);
+        std::fill(sums, sums + count * 8 * width, 0.0f);
+        Index read[kSkipped] = {};
+        for (Index from = 0; from < m.padded; from += depth) {
+            for (Index p = 0; p < count; ++p)
+                k.list(m, first + p, from, std::min(m.padded, from + depth), listed, weights + p * 8 * listed,
+                       places + p * 8 * listed, counts + p * 8, read + p);
+            for (Index tile = 0; tile < tiles; ++tile) {
+                const int vectors = int(std::min<Index>(wide, tokens - tile * wide) + 7) / 8;
+                const float *in = tiled + (tile * padded + from) * wide;
+                for (Index p = 0; p < count; ++p)
+                    k.skip(weights + p * 8 * listed, places + p * 8 * listed, listed, counts + p * 8, in,
+                           wide, vectors, sums + p * 8 * width + tile * wide, width);
+            }
+        }
+        const Index top = first * 8, rows = std::min(m.rows - top, count * 8);
+        for (Index t = 0; t < tokens; ++t)
+            for (Index r = 0; r < rows; ++r) {
+                float &y = f.y[t * m.rows + top + r];
+                y = (added ? y : 0.0f) + sums[r * width + t] + (f.bias ? f.bias[top + r] : 0.0f);
+            }
+    });
+}
+
+// What a product reads of the activations; factors that read the same share it.
+enum class Form { floats, skipped, ints };
+Form form_of(const Factor &f) {
+    const View &m = f.matrix->view();
+    if (m.kind == Kind::bitmask) return Form::skipped;
+    return is_integer(m.type) && f.act8 && m.kind != Kind::vector ? Form::ints : Form::floats;
+}
+
+}  // namespace
+
+void multiply_large(const std::vector<Factor> &factors, const float *x, Index columns, Index tokens) {
+    std::vector<const Factor *> left;
+    for (const Factor &f : factors) left.push_back(&f);
+    while (!left.empty()) {
+        const View &m = left.front()->matrix->view();
+        const Form form = form_of(*left.front());
+        const auto same = std::stable_partition(left.begin(), left.end(), [&](const Factor *f) {
+            const View &other = f->matrix->view();
+            return form_of(*f) == form && (form != Form::ints || (other.group == m.group && steps_of(other) == steps_of(m)));
+        });
+        if (form == Form::floats) {
+            const Index padded = round_up(columns, kDepth);
+            const float *tiled = tile_floats(x, columns, tokens, padded, kTile);
+            for (auto f = left.begin(); f != same; ++f) {
+                const Matrix &matrix = *(*f)->matrix;
+                const View &own = matrix.view();
+                if (own.kind == Kind::vector && own.height > 4)
+                    over_tiles(**f, tokens, padded / kDepth, SlotWork{own, tiled, padded});
+                else over_tiles(**f, tokens, padded / kDepth, DenseWork{matrix, own, tiled, padded});
+            }
+        } else if (form == Form::ints) {
+            const IntTiles in = tile_ints(steps_of(m), m.group, x, columns, tokens);
+            const Index depth = kDepth / m.group;
+            for (auto f = left.begin(); f != same; ++f) {
+                Factor most = **f;
+                if (most.matrix->view().rest_starts) most.bias = nullptr;  // what is left over comes first
+                over_tiles(most, tokens, (in.groups + depth - 1) / depth, IntWork{most.matrix->view(), in});
+            }
+        }
+        for (auto f = left.begin(); f != same; ++f)
+            if (form == Form::skipped) multiply_skipping(**f, x, columns, tokens, 64, 128);
+            else if (form == Form::ints && (*f)->matrix->view().rest_starts)
+                multiply_skipping(**f, x, columns, tokens, 32, m.padded);
+        left.erase(left.begin(), same);
+    }
+}
