@@ -80,3 +80,14 @@ def logprobs(
     logits: Any, rows: Any, tokens: Any, counts: Any
 ) -> list[tuple[float, list[tuple[int, float]]]]:
     """The log-probability of a token of each row, and the best with theirs."""
+
+class Decoder:
+    """A decoder-only transformer with a paged KV cache."""
+
+    max_length: int
+    cache_bytes: int
+    def add_layer(self, **parts: Any) -> None: ...
+    def step(self, tokens: Any, starts: Any, positions: Any, tables: Any, wanted: Any) -> Any:
+        """Logits float32 [wanted, vocabulary], good until the next step."""
+
+def decoder(**parts: Any) -> Decoder: ...

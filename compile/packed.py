@@ -24,7 +24,6 @@ from secateur.compile import stored
 from secateur.compile.bitmask import expand, pack_nibbles, pack_values
 from secateur.compile.config import (
     BITMASK,
-    LIMITS,
     QUANT_METHOD,
     SCALES,
     VALUES,
@@ -125,7 +124,8 @@ def decode(
         return expand(values, mask).to(dtype or values.dtype)
     integers = stored.integers_of(name, layer, values.cpu().numpy())
     stored.check_scales(name, layer, scales.cpu().numpy(), group_size)
-    whole = expand(torch.from_numpy(integers).to(values.device), decode_mask(name, layer, bitmask).to(values.device))
+    mask = decode_mask(name, layer, bitmask).to(values.device)
+    whole = expand(torch.from_numpy(integers).to(values.device), mask)
     return scaled(whole, scales, group_size).to(dtype or torch.float32)
 
 

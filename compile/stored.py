@@ -14,8 +14,15 @@ from typing import Any, Literal
 import numpy as np
 
 from secateur.bits import unpack_bits
-from secateur.compile.config import BITMASK, LIMITS, MAKE_AGAIN, SCALES, VALUES
-from secateur.compile.config import PackedConfig, PackedLayer
+from secateur.compile.config import (
+    BITMASK,
+    LIMITS,
+    MAKE_AGAIN,
+    SCALES,
+    VALUES,
+    PackedConfig,
+    PackedLayer,
+)
 from secateur.errors import ModelError
 from secateur.recipe import ValueType
 
@@ -88,12 +95,14 @@ def mask_of(name: str, layer: PackedLayer, bitmask: Array | None) -> Bools:
         mask = unpack_bits(bitmask, layer.shape[1], layer.pattern.rows)
     except ValueError as fault:
         raise inconsistent(tensor, str(fault)) from fault
-    counts = np.count_nonzero(mask, axis=1)
-    if int(counts.sum()) != layer.kept:
-        raise inconsistent(tensor, f"{int(counts.sum())} bits are set for {layer.kept} values")
+    height = layer.pattern.rows
+    counts = np.bitwise_count(bitmask).sum(axis=1, dtype=np.int64)
+    if (kept := int(counts.sum()) * height) != layer.kept:
+        raise inconsistent(tensor, f"{kept} bits are set for {layer.kept} values")
     if layer.per_row is not None and (wrong := counts != layer.per_row).any():
         row = int(wrong.argmax())
-        raise inconsistent(tensor, f"row {row} keeps {int(counts[row])}, not {layer.per_row}")
+        found = f"row {row * height} keeps {int(counts[row])}, not {layer.per_row}"
+        raise inconsistent(tensor, found)
     try:
         layer.pattern.check(mask)
     except ValueError as fault:

@@ -53,12 +53,12 @@ template <typename T> T named(const std::string &name, std::initializer_list<std
 }
 
 // A decoder with the array that its embedding lies in.
-struct Held {
+struct Owner {
     Array<const std::uint8_t, 2> embedding;
     Decoder decoder;
 };
 
-Held *make(Index hidden, Index intermediate, Index heads, Index kv_heads, Index head_dim, Index vocabulary,
+Owner *make(Index hidden, Index intermediate, Index heads, Index kv_heads, Index head_dim, Index vocabulary,
            Index layers, Index max_length, float epsilon, float attention_scale, float attention_cap,
            float logit_cap, float embedding_scale, const std::string &activation,
            const std::vector<std::pair<Vector, float>> &ropes, const Array<const std::uint8_t, 2> &embedding,
@@ -75,23 +75,23 @@ Held *make(Index hidden, Index intermediate, Index heads, Index kv_heads, Index 
     for (const auto &[frequencies, factor] : ropes) turned.push_back({floats(frequencies), factor});
     const Dimensions shape{hidden, intermediate, heads, kv_heads, head_dim, vocabulary, layers, max_length,
                            epsilon, attention_scale, attention_cap, logit_cap, embedding_scale, function};
-    return new Held{embedding, Decoder(shape, std::move(turned), {embedding.data(), type}, floats(norm),
+    return new Owner{embedding, Decoder(shape, std::move(turned), {embedding.data(), type}, floats(norm),
                                        linears({head}), cache, pages)};
 }
 
-void add_layer(Held &held, const std::vector<Part> &qkv, const Part &output, const std::vector<Part> &gate_up,
+void add_layer(Owner &owner, const std::vector<Part> &qkv, const Part &output, const std::vector<Part> &gate_up,
                const Part &down, const Vector &attention_norm, const std::optional<Vector> &after_attention,
                const Vector &mlp_norm, const std::optional<Vector> &after_mlp,
                const std::optional<Vector> &query_norm, const std::optional<Vector> &key_norm, int rope,
                Index window) {
-    held.decoder.add_layer({linears(qkv), linears(gate_up), linears({output}), linears({down}),
+    owner.decoder.add_layer({linears(qkv), linears(gate_up), linears({output}), linears({down}),
                             floats(attention_norm), floats(after_attention), floats(mlp_norm),
                             floats(after_mlp), floats(query_norm), floats(key_norm), rope, window});
 }
 
 nb::object step(nb::handle self, const Ints &tokens, const Ints &starts, const Ints &positions,
                 const Array<const std::int32_t, 2> &tables, const Ints &wanted) {
-    Held &held = nb::cast<Held &>(self);
+    Owner &owner = nb::cast<Owner &>(self);
     if (starts.size() != positions.size() + 1 || tables.shape(0) != positions.size())
         throw std::invalid_argument("not one start, position and page table for each sequence");
     const Batch batch{tokens.data(), starts.data(), positions.data(), tables.data(), wanted.data(),
@@ -99,19 +99,19 @@ nb::object step(nb::handle self, const Ints &tokens, const Ints &starts, const I
     const float *logits;
     {
         const nb::gil_scoped_release release;
-        logits = held.decoder.step(batch);
+        logits = owner.decoder.step(batch);
     }
     return nb::cast(nb::ndarray<nb::numpy, const float, nb::ndim<2>>(
-        logits, {wanted.size(), std::size_t(held.decoder.shape().vocabulary)}, self));
+        logits, {wanted.size(), std::size_t(owner.decoder.shape().vocabulary)}, self));
 }
 
 }  // namespace
 
 void bind_decoder(nb::module_ &m) {
     using namespace nb::literals;
-    nb::class_<Held>(m, "Decoder", "A decoder-only transformer with a paged KV cache.")
-        .def_prop_ro("max_length", [](const Held &h) { return h.decoder.shape().max_length; })
-        .def_prop_ro("cache_bytes", [](const Held &h) { return h.decoder.cache_bytes(); })
+    nb::class_<Owner>(m, "Decoder", "A decoder-only transformer with a paged KV cache.")
+        .def_prop_ro("max_length", [](const Owner &h) { return h.decoder.shape().max_length; })
+        .def_prop_ro("cache_bytes", [](const Owner &h) { return h.decoder.cache_bytes(); })
         .def("add_layer", &add_layer, nb::kw_only(), "qkv"_a, "output"_a, "gate_up"_a, "down"_a,
              "attention_norm"_a, "after_attention"_a.none(), "mlp_norm"_a, "after_mlp"_a.none(),
              "query_norm"_a.none(), "key_norm"_a.none(), "rope"_a, "window"_a)

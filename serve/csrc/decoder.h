@@ -96,7 +96,7 @@ class Decoder {
     std::vector<Layer> layers_;
 
     std::mutex busy_;
-    std::vector<std::int32_t> uses_;  // of each page, by the batch
+    std::vector<std::int32_t> uses_;  // of each page, while a batch is checked
     std::vector<Index> sequence_of_, position_of_;
     std::vector<Unit> units_;
     struct {

@@ -40,7 +40,7 @@ Decoder::Decoder(const Dimensions &shape, std::vector<Rope> ropes, Table embeddi
                  std::vector<Linear> head, CacheType cache, Index pages)
     : shape_(checked(shape, pages)), ropes_(std::move(ropes)), embedding_(embedding), norm_(std::move(norm)),
       head_(std::move(head)), cache_(cache, shape.layers, shape.kv_heads, shape.head_dim, pages),
-      cosines_(ropes_.size()), sines_(ropes_.size()) {
+      uses_(std::size_t(pages), 0), cosines_(ropes_.size()), sines_(ropes_.size()) {
     for (const Rope &rope : ropes_)
         if (rope.frequencies.empty() || 2 * Index(rope.frequencies.size()) > shape.head_dim)
             refuse(text(Index(rope.frequencies.size())) + " frequencies for heads of " + text(shape.head_dim));
@@ -113,10 +113,11 @@ void Decoder::check_pages(const Batch &b) {
         if (page < 0 || page >= cache_.pages())
             refuse("sequence " + text(s) + ": page " + text(page) + " of " + text(cache_.pages()));
     });
-    uses_.assign(std::size_t(cache_.pages()), 0);
+    Index shared = -1;
     each([&](Index, Index page, bool) { ++uses_[std::size_t(page)]; });
-    each([&](Index s, Index page, bool written) {
-        if (written && uses_[std::size_t(page)] > 1)
-            refuse("sequence " + text(s) + ": page " + text(page) + " is written to and used elsewhere");
+    each([&](Index, Index page, bool written) {
+        if (written && uses_[std::size_t(page)] > 1) shared = page;
     });
+    each([&](Index, Index page, bool) { uses_[std::size_t(page)] = 0; });
+    if (shared >= 0) refuse("page " + text(shared) + " is written to and used elsewhere");
 }

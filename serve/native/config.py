@@ -25,8 +25,8 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 _FALL_BACK = "use --engine transformers, which opens every model"
-_NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_NEEDED += ("vocab_size",)
+_NEEDED = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+_NEEDED += ["vocab_size"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ FAMILIES = {
     "llama": Family(),
     "mistral": Family({"num_key_value_heads": 8, "sliding_window": 4096}, windows="all"),
     "qwen2": Family({"num_key_value_heads": 32}, windows="qwen", qkv_bias=True),
-    "qwen3": Family(
-        {"num_key_value_heads": 32, "head_dim": 128}, windows="qwen", head_norms=True
-    ),
+    "qwen3": Family({"num_key_value_heads": 32, "head_dim": 128}, windows="qwen", head_norms=True),
     "smollm3": Family(
         {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6},
         windows="listed",
@@ -149,12 +147,27 @@ def read_architecture(directory: str | Path) -> Architecture:
     if (why := _obstacle(config)) is not None:
         raise ModelError(f"the native engine cannot run {path}: {why}", _FALL_BACK)
     try:
-        return _architecture(config, _eos(path, config))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError) as fault:
+        architecture = _architecture(config, _eos(path, config))
+        _check(architecture)
+    except (TypeError, ValueError, LookupError, ZeroDivisionError, AttributeError) as fault:
         raise ModelError(
             f"{path / CONFIG} is not a config of {config['model_type']}: {fault!r}",
             "copy the file again",
         ) from fault
+    return architecture
+
+
+def _check(a: Architecture) -> None:
+    """What the decoder relies on, by which the cache is measured."""
+    extents = {"hidden_size": a.hidden, "num_hidden_layers": a.layers, "head_dim": a.head_dim}
+    extents |= {"num_key_value_heads": a.kv_heads, "max_position_embeddings": a.max_length}
+    for key, extent in extents.items():
+        if extent < 1:
+            raise ValueError(f"{key} is {extent}")
+    if a.heads % a.kv_heads:
+        raise ValueError(f"{a.heads} heads for {a.kv_heads} KV heads")
+    if a.head_dim > 1024:
+        raise ValueError(f"a head_dim of {a.head_dim}, of at most 1024")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -251,7 +264,7 @@ def _architecture(config: dict[str, Any], eos: frozenset[int]) -> Architecture:
     hidden, heads, layers = (
         int(config[key]) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
-    head_dim = int(get("head_dim") or hidden // heads)
+    head_dim = get("head_dim") or hidden // heads
     kinds = _layer_types(config, layers)
     parameters = _rope_parameters(config)
     names = list(parameters)
@@ -284,9 +297,7 @@ def _architecture(config: dict[str, Any], eos: frozenset[int]) -> Architecture:
             -1 if unturned[i] else names.index(kinds[i] if "" not in parameters else "")
             for i in range(layers)
         ),
-        windows=tuple(
-            int(window or 0) if kind == "sliding_attention" else 0 for kind in kinds
-        ),
+        windows=tuple(int(window or 0) if kind == "sliding_attention" else 0 for kind in kinds),
         tied=bool(get("tie_word_embeddings", False)),
         biases=_biases(config, family),
         eos_token_ids=eos,
@@ -311,7 +322,8 @@ def _layer_types(config: dict[str, Any], layers: int) -> list[str]:
     if listed := config.get("layer_types"):
         return [str(listed[i]) for i in range(layers)]
     if family.windows == "gemma":
-        every = int(config.get("sliding_window_pattern") or family.defaults["sliding_window_pattern"])
+        every = config.get("sliding_window_pattern")
+        every = int(every or family.defaults["sliding_window_pattern"])
         slides = [(i + 1) % every != 0 for i in range(layers)]
     elif family.windows == "qwen":
         slides = [i >= int(config.get("max_window_layers", 28)) for i in range(layers)]

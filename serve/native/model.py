@@ -9,7 +9,7 @@ from secateur.compile import cpu
 from secateur.errors import UsageError
 from secateur.serve.native.config import Architecture, read_architecture
 from secateur.serve.native.step import Batch, Floats
-from secateur.serve.native.weights import Weights
+from secateur.serve.native.weights import Activations, Weights
 
 KvType = Literal["fp32", "fp16", "int8"]
 
@@ -53,6 +53,7 @@ class NativeModel:
         threads: int | None = None,
         values: cpu.Values | None = None,
         head: cpu.Values | Literal["auto"] = "auto",
+        activations: Activations | None = None,
         kv_type: KvType = "fp16",
         kv_bytes: int | None = None,
         max_length: int | None = None,
@@ -65,6 +66,7 @@ class NativeModel:
             values: type of dense and pruned linears; int8 and int4 round to nearest. None: as
                 they are stored.
             head: type of the head; "auto": int8 if the linears are int8 or int4, else as stored.
+            activations: what int8 and int4 values are multiplied with; None: int8.
             kv_type: type of keys and values in the cache.
             kv_bytes: memory for the cache; None: 1 GiB, or what 64 texts of the greatest length
                 take if that is less.
@@ -82,7 +84,7 @@ class NativeModel:
         length = min(length, pages * PAGE_TOKENS)
         if threads is not None:
             cpu.set_threads(threads)
-        weights = Weights(directory, values, head)
+        weights = Weights(directory, values, head, activations)
         decoder = _build(architecture, weights, kv_type, pages, length)
         return cls(decoder, weights, architecture, pages, kv_type)
 
@@ -167,15 +169,11 @@ def page_bytes(architecture: Architecture, kv_type: KvType) -> int:
     return -(-own // 64) * 64 * architecture.kv_heads * architecture.layers
 
 
-def _build(
-    a: Architecture, weights: Weights, kv_type: KvType, pages: int, max_length: int
-) -> Any:
-    from secateur.compile import _kernels
-
+def _build(a: Architecture, weights: Weights, kv_type: KvType, pages: int, max_length: int) -> Any:
     offset = 1.0 if a.family.gemma else 0.0
     embedding, kind = weights.table("model.embed_tokens.weight", (a.vocabulary, a.hidden))
     head = "model.embed_tokens.weight" if a.tied else "lm_head.weight"
-    decoder = _kernels.decoder(
+    decoder = cpu._native().decoder(
         hidden=a.hidden,
         intermediate=a.intermediate,
         heads=a.heads,

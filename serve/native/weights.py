@@ -33,6 +33,7 @@ MASKS = "masks.safetensors"
 _DAMAGED = "the model is damaged: get it again"
 _STORED: dict[str, cpu.Values] = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
+Activations = Literal["fp32", "int8"]
 # A matrix of the kernels, whether its activations are int8, and its biases.
 Part = tuple[Any, bool, cpu.Floats | None]
 
@@ -71,6 +72,7 @@ class Weights:
         directory: a dense, pruned or packed model.
         values: type of dense and pruned linears; None: as stored.
         head: type of the head; "auto": int8 if the linears are int8 or int4, else as stored.
+        activations: what int8 and int4 values are multiplied with; None: int8.
 
     Attributes:
         checkpoint: its files.
@@ -86,10 +88,11 @@ class Weights:
         directory: str | Path,
         values: cpu.Values | None = None,
         head: cpu.Values | Literal["auto"] = "auto",
+        activations: Activations | None = None,
     ) -> None:
         self.checkpoint = MappedCheckpoint(directory)
         self.matrices: dict[str, cpu.CpuMatrix] = {}
-        self._values = values
+        self._values, self._activations = values, activations
         self._packed = _packed_config(self.checkpoint)
         self._masks = _Masks(self.checkpoint)
         if self._packed is not None and values not in (None, self._packed.values):
@@ -144,7 +147,11 @@ class Weights:
             key = (matrix.layout, matrix.value_type, matrix.activations, matrix.why)
             counts[key] += 1
             sizes[key] += matrix.nbytes
-        return [MatrixUse(n, *key[:3], sizes[key], key[3]) for key, n in counts.most_common()]
+        return [
+            MatrixUse(count, layout, values, activations, sizes[key], why)
+            for key, count in counts.most_common()
+            for layout, values, activations, why in [key]
+        ]
 
     def _keep(self, name: str, matrix: cpu.CpuMatrix, biases: cpu.Floats | None = None) -> Part:
         self.matrices[name] = matrix
@@ -172,10 +179,7 @@ class Weights:
         pieces(name, layer, bits, values, scales, kind, config.group_size)
         if kind == "fp32":
             values, kind = narrowest(values)
-        size = config.group_size
-        matrix = cpu.pack(
-            values, bits, shape, layer.pattern, kind, scales=scales, group_size=size
-        )
+        matrix = self._pack(values, bits, shape, layer.pattern, kind, scales, config.group_size)
         for tensor in config.stored(name):
             self.checkpoint.release(tensor)
         return matrix
@@ -201,10 +205,31 @@ class Weights:
             values = kept
         if kind == "int4":
             values = pack_nibbles(values.reshape(-1))
-        size = None if scales is None else GROUP
-        matrix = cpu.pack(values, bits, shape, pattern, kind, scales=scales, group_size=size)
+        matrix = self._pack(values, bits, shape, pattern, kind, scales, GROUP)
         self.checkpoint.release(tensor)
         return matrix
+
+    def _pack(
+        self,
+        values: Array,
+        bits: Array | None,
+        shape: tuple[int, int],
+        pattern: Pattern,
+        kind: cpu.Values,
+        scales: Array | None,
+        group_size: int | None,
+    ) -> cpu.CpuMatrix:
+        integer = scales is not None
+        return cpu.pack(
+            values,
+            bits,
+            shape,
+            pattern,
+            kind,
+            scales=scales,
+            group_size=group_size if integer else None,
+            activations=self._activations if integer else None,
+        )
 
     def _kind(self, tensor: str) -> cpu.Values:
         if (stored := self.checkpoint.dtype(tensor)) not in _STORED:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from secateur.compile.bitmask import pack_nibbles
 from secateur.compile.quantize import activation_error, gptq, rtn, scale_above, scaled
+from secateur.compile.stored import unpack_nibbles
 from secateur.errors import ModelError
 from secateur.gram import damped
 from secateur.pattern import Pattern
