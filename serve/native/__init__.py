@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,13 @@ def native_obstacle(directory: Path) -> str | None:
     """
     from secateur.serve.native.config import obstacle
 
-    return obstacle(directory)
+    if (reason := obstacle(directory)) is not None:
+        return reason
+    if not (directory / "tokenizer.json").exists():
+        return "it has no tokenizer.json"
+    if find_spec("secateur.compile._kernels") is None:
+        return "secateur was installed without its native module; see `secateur doctor`"
+    return None
 
 
 def load_native(
@@ -97,7 +104,6 @@ def load_native(
     """
     _check(options)
     from secateur.serve.native.engine import NativeEngine
-
     from secateur.serve.native.model import NativeModel
     from secateur.serve.text import TextCodec
     from secateur.serve.tokenizer import JsonTokenizer

@@ -53,7 +53,10 @@ class StepModel(Protocol):
     page_tokens: int
     pages: int
     eos_token_ids: frozenset[int]
-    description: str
+
+    @property
+    def description(self) -> str:
+        """See above."""
 
     def step(self, batch: Batch) -> Floats:
         """Compute the new tokens, keep their keys and values.
