@@ -83,7 +83,7 @@ def test_llama_cpp_is_asked_for_by_the_file(
 ) -> None:
     file = tmp_path / "model.gguf"
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(EnvironmentFault, match="llama.cpp, which is not installed"):
+    with pytest.raises(EnvironmentFault, match=r"llama\.cpp, which is not installed"):
         measure_latency([file], Latency(prompt=8, new_tokens=2), against=dense)
     with pytest.raises(UsageError, match="one sequence"):
         measure_latency([file], QUICK)
