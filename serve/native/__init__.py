@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import UsageError, did_you_mean
+from secateur.errors import ModelError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from secateur.serve.engine import Engine
@@ -78,6 +78,11 @@ def native_obstacle(directory: Path) -> str | None:
     """
     from secateur.serve.native.config import obstacle
 
+    if not directory.is_dir():
+        raise ModelError(
+            f"there is no model directory at {directory}",
+            "give the path of a Hugging Face model directory (config.json + *.safetensors)",
+        )
     if (reason := obstacle(directory)) is not None:
         return reason
     if not (directory / "tokenizer.json").exists():

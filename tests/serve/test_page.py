@@ -111,7 +111,7 @@ def test_faults_are_shown(page: Any) -> None:
 def test_the_status_says_what_computes_what(page: Any) -> None:
     unlock(page)
     assert page.locator("#model").inner_text() == "slow-llama"
-    assert "maximum length" in page.locator("#description").inner_text()
+    assert "up to 4096 tokens" in page.locator("#description").inner_text()
     assert page.locator("#layers li").count() >= 1
     assert "of" in page.locator("#cache").inner_text()
 

@@ -66,7 +66,7 @@ def test_a_port_in_use_is_found_before_the_model_is_opened(server: Any, tmp_path
 def test_faults_of_the_caller(tmp_path: Path) -> None:
     ended = run(str(tmp_path / "no-model"), "--port", "0")
     assert (ended.returncode, ended.stdout) == (3, "")
-    assert "no-model has no config.json" in ended.stderr
+    assert "there is no model directory at" in ended.stderr
     ended = run(str(tmp_path), "--engine", "transfomers")
     assert ended.returncode == 2
     assert "did you mean 'transformers'" in ended.stderr
