@@ -48,12 +48,6 @@ Index left_over_of(const View &m, const std::uint8_t *bits, Index bytes) {
 
 }  // namespace
 
-Buffer::Buffer(Index size) : size_(size) {
-    void *memory = nullptr;
-    if (posix_memalign(&memory, 4096, std::size_t(size + 64))) throw std::bad_alloc();
-    data_.reset(static_cast<std::uint8_t *>(memory));
-}
-
 Matrix::Matrix(const Kept &kept, const Shape &shape) {
     if (kept.rows < 1 || kept.columns < 1) throw std::invalid_argument("the matrix is empty");
     View &m = view_;
@@ -92,7 +86,8 @@ Matrix::Matrix(const Kept &kept, const Shape &shape) {
 }
 
 Matrix::Matrix(const Matrix &other)
-    : view_(other.view_), data_(other.data_.size()), rest_(other.rest_.size()),
+    : view_(other.view_), data_(Buffer::lasting(other.data_.size())),
+      rest_(Buffer::lasting(other.rest_.size())),
       starts_(other.starts_), rest_starts_(other.rest_starts_) {
     std::memcpy(data_.data(), other.data_.data(), std::size_t(data_.size()));
     if (rest_.size()) std::memcpy(rest_.data(), other.rest_.data(), std::size_t(rest_.size()));
@@ -180,12 +175,12 @@ void Matrix::measure(const Kept &kept, bool rest) {
         starts_[i] += starts_[i - 1];
         if (rest) rest_starts_[i] += rest_starts_[i - 1];
     }
-    data_ = Buffer(starts_.back());
+    data_ = Buffer::lasting(starts_.back());
     m.data = data_.data();
     m.starts = starts_.data();
     if (rest) {
         if (m.columns > 65536) throw std::invalid_argument("more than 65536 columns");
-        rest_ = Buffer(rest_starts_.back() * 32);
+        rest_ = Buffer::lasting(rest_starts_.back() * 32);
         m.rest = rest_.data();
         m.rest_starts = rest_starts_.data();
     }

@@ -1,29 +1,10 @@
 // A packed matrix: made from a bitmask and kept values, checked once, then only read.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
-#include "layout.h"
-
-// Memory that starts on a page and ends with room for a careless vector load.
-class Buffer {
-  public:
-    Buffer() = default;
-    explicit Buffer(Index size);
-    std::uint8_t *data() const { return data_.get(); }
-    Index size() const { return size_; }
-
-  private:
-    struct Free {
-        void operator()(std::uint8_t *p) const { std::free(p); }
-    };
-    Index size_ = 0;
-    std::unique_ptr<std::uint8_t[], Free> data_;
-};
+#include "memory.h"
 
 // The kept weights of a matrix as a packed model stores them; see docs/format.md.
 struct Kept {

@@ -1,7 +1,7 @@
 // Memory that a thread keeps from product to product.
 #pragma once
 
-#include "matrix.h"
+#include "memory.h"
 
 enum class Room {
     widened, q64, q32, scale64, scale32, total64, total32, partial,         // few tokens
