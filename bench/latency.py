@@ -44,6 +44,7 @@ def measure_latency(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    head_values: str = "auto",
     progress: Tick = no_tick,
 ) -> LatencyResult:
     """Time models against each other; all of them are in memory at once.
@@ -57,6 +58,7 @@ def measure_latency(
         dtype: compute type of transformers: float32, bfloat16, float16 or auto.
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads; None: all cores of this process.
+        head_values: value type of the head in the native engine, as in ``secateur serve``.
         progress: called with (rounds done, rounds expected).
 
     Raises:
@@ -80,7 +82,7 @@ def measure_latency(
         if is_gguf(path):
             return open_llama_cpp(path, settings, threads)
         if native:
-            return open_native(path, settings, threads)
+            return open_native(path, settings, threads, head_values)
         return open_transformers(path, settings, dtype, place)
 
     with _threads(threads):

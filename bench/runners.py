@@ -131,8 +131,10 @@ def open_transformers(
     )
 
 
-def open_native(path: str | Path, settings: recipe.Latency, threads: int | None) -> Subject:
-    """Open a directory with the native engine.
+def open_native(
+    path: str | Path, settings: recipe.Latency, threads: int | None, head: str = "auto"
+) -> Subject:
+    """Open a directory with the native engine; ``head`` is the value type of its lm_head.
 
     Raises:
         ModelError: it cannot be opened.
@@ -140,7 +142,7 @@ def open_native(path: str | Path, settings: recipe.Latency, threads: int | None)
     """
     from secateur.serve.native.model import NativeModel
 
-    model = NativeModel.open(path, threads=threads)
+    model = NativeModel.open(path, threads=threads, head=head)  # type: ignore[arg-type]
     needed = settings.batch * -(-(settings.prompt + settings.new_tokens) // model.page_tokens)
     if needed > model.pages:
         raise UsageError(

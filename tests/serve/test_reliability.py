@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from .conftest import Server, start_server
+from .soak import growth, soak
 
 SCHEMA_CASES, CHANGED, GARBAGE = 400, 7600, 2000
 LANES = 24  # requests at once
@@ -252,3 +253,10 @@ def test_a_signal_under_load_ends_every_stream(slow: Path, signals: list[signal.
     assert server.process.wait(20) == 0
     assert server.process.stdout is not None
     server.process.stdout.close()
+
+
+def test_memory_stays_flat_under_mixed_load(server: Server) -> None:
+    resident = asyncio.run(soak(server, 12.0, 0.25))  # `make soak`: a real model, half an hour
+    assert len(resident) > 20
+    assert growth(resident) < 0.05
+    assert_idle(server)

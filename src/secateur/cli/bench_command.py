@@ -80,6 +80,9 @@ def latency(
     threads: Annotated[
         int | None, Option(min=1, help="CPU threads.", show_default="all cores")
     ] = None,
+    head_values: Annotated[
+        str, Option(help="Native engine: value type of lm_head, as in `secateur serve`.")
+    ] = "auto",
     dtype: Annotated[str, Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Device = "auto",
     output: Output = None,
@@ -111,6 +114,7 @@ def latency(
             dtype=dtype,
             device=device,
             threads=threads,
+            head_values=head_values,
             progress=tick,
         )
     _deliver(result.to_json(), output, json)
