@@ -30,6 +30,7 @@ class Matrix {
     // Throws std::invalid_argument if the parts contradict each other, or do not fit the shape.
     Matrix(const Kept &kept, const Shape &shape);
     Matrix(const Matrix &other);
+    Matrix(Matrix &&other) = default;  // what the view points to stays where it is
 
     const View &view() const { return view_; }
     Index bytes() const;
