@@ -38,9 +38,11 @@ class Letters(TextCodec):
     """A vocabulary of letters and of parts of characters."""
 
     def __init__(self) -> None:
-        self._bytes = [*PIECES, b"<eos>", b"<special>"]
         self.special = frozenset({EOS, SPECIAL})
         self.eos_token_id = EOS
+
+    def token_bytes(self, token: int) -> bytes:
+        return [*PIECES, b"<eos>", b"<special>"][token]
 
 
 def logits_after(history: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
