@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+
+from secateur.interrupt import noted_interrupts
 
 # Called with (done, total) as work proceeds.
 Tick = Callable[[int, int], None]
@@ -17,14 +19,24 @@ def no_tick(done: int, total: int) -> None:
 
 @contextmanager
 def progress(title: str, quiet: bool = False) -> Iterator[Tick]:
-    """Show the progress of one piece of work while the context lasts."""
-    if quiet:
-        yield no_tick
-    elif sys.stderr.isatty():
-        with _bar(title) as tick:
-            yield tick
-    else:
-        yield _Lines(title)
+    """Show the progress of one piece of work while the context lasts.
+
+    Each call of the tick is also where a lost Ctrl-C takes effect.
+    """
+    with ExitStack() as stack:
+        check = stack.enter_context(noted_interrupts())
+        if quiet:
+            show: Tick = no_tick
+        elif sys.stderr.isatty():
+            show = stack.enter_context(_bar(title))
+        else:
+            show = _Lines(title)
+
+        def tick(done: int, total: int) -> None:
+            check()
+            show(done, total)
+
+        yield tick
 
 
 @contextmanager

@@ -189,7 +189,7 @@ def test_an_expert_that_sees_no_token_is_pruned_by_magnitude(
         assert torch.equal(Checkpoint(case.out).load(f"{name}.weight"), weight * by_size)
     (note,) = case.manifest.notes
     assert note.startswith("6 layers pruned by magnitude, as no calibration token")
-    assert note.endswith(", ".join(unseen))
+    assert note.endswith(f"{', '.join(unseen[:3])} and 3 more")
 
 
 @pytest.mark.parametrize("method", ["wanda", "gblm"])

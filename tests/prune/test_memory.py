@@ -17,7 +17,8 @@ from secateur.checkpoint import Checkpoint
 from secateur.errors import UsageError
 from secateur.model import StreamedModel
 from secateur.pattern import Pattern
-from secateur.prune import find_method, memory, plan, prune_model, work
+from secateur.prune import find_method, memory, plan, prune_model
+from secateur.prune.block import Block
 from secateur.prune.memory import MemoryPlan, plan_memory
 from secateur.prune.method import Method
 from secateur.recipe import Calibration, Prune
@@ -251,7 +252,7 @@ def test_taken_up_again_with_other_memory(
 ) -> None:
     """Killed, with files of hidden states: the bytes are the same and nothing is left behind."""
     whole = pruned(tiny, tmp_path / "whole", text_file, recipe("gblm"))
-    load, prune = StreamedModel.load_outside, work._Block.prune
+    load, prune = StreamedModel.load_outside, Block.prune
 
     def load_until(model: StreamedModel, head: bool = False) -> None:
         if head and at == "load_outside":
@@ -264,11 +265,11 @@ def test_taken_up_again_with_other_memory(
         prune(block)
 
     monkeypatch.setattr(StreamedModel, "load_outside", load_until)
-    monkeypatch.setattr(work._Block, "prune", prune_until)
+    monkeypatch.setattr(Block, "prune", prune_until)
     with pytest.raises(KeyboardInterrupt):
         pruned(tiny, tmp_path / "out", text_file, recipe("gblm"))
     monkeypatch.setattr(StreamedModel, "load_outside", load)
-    monkeypatch.setattr(work._Block, "prune", prune)
+    monkeypatch.setattr(Block, "prune", prune)
     for name in ("walk", "slopes", "00000", "00001", "pruned"):
         (tmp_path / "out.partial" / f"states-{name}").write_bytes(bytes(99))
     budget = Planner(tiny, "gblm").least() if little else None

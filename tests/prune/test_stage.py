@@ -329,12 +329,12 @@ def test_the_dense_model_with_permuted_channels_computes_the_same(
     make_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from secateur.prune.work import _Block
+    from secateur.prune.block import Block
 
-    def leave_dense(block: _Block, layer: Any, *_: object) -> None:
+    def leave_dense(block: Block, layer: Any, *_: object) -> None:
         block._note(layer, 0.0, None, {})
 
-    monkeypatch.setattr(_Block, "_solve", leave_dense)
+    monkeypatch.setattr(Block, "_solve", leave_dense)
     dense = make_model(tmp_path / "dense", family)
     prune_model(str(dense), tmp_path / "out", **prune_with(text_file, pattern="2:4", permute=True))
     old, new = Checkpoint(dense), Checkpoint(tmp_path / "out")

@@ -224,7 +224,7 @@ def test_the_engine_says_what_computes(
     tokenizer.save_pretrained(packed)
     threads, own = torch.get_num_threads(), cpu.threads()
     try:
-        load(packed, threads=2).close()
+        load(packed, engine="transformers", threads=2).close()
         assert cpu.threads() == 2
     finally:
         torch.set_num_threads(threads)
