@@ -106,7 +106,8 @@ class NativeModel:
         return (
             f"{model.model_type}, {model.layers} layers; {uses}; KV cache {self._kv_type}, "
             f"{self.pages} pages of {PAGE_TOKENS} tokens, {self.kv_bytes / 1e6:.0f} MB; up to "
-            f"{self.max_length} tokens{shortened}; {cpu.isa()}, {cpu.threads()} threads"
+            f"{self.max_length} tokens{shortened}; {cpu.isa()}, "
+            f"{cpu.threads()} thread{'s' if cpu.threads() > 1 else ''}"
         )
 
     def step(self, batch: Batch) -> Floats:
