@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command does, before t
 
 import pytest
 import torch
+
+# A shell's background jobs are started with SIGINT ignored, and so would be all that we start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_MODEL = ROOT / "out" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

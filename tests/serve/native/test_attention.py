@@ -191,7 +191,7 @@ def test_smaller_types_round_keys_and_values_once(case: Case, length: int, kind:
     batch = make_batch([text], [0], [[*range(-(-length // 16))]], [*range(length)])
     error = np.abs(call(layer.decoder(kind), batch) - layer.logits(text, kind))
     # The median: one in thousands lies between two numbers, and fp32 rounds it the other way.
-    assert np.median(error) < 1e-4
+    assert np.median(error) < 3e-4
 
 
 def test_every_instruction_set_agrees() -> None:
