@@ -19,9 +19,6 @@ namespace {
 
 constexpr int kSpins = 4000;  // some tens of microseconds
 constexpr std::uint32_t kClosed = 1u << 31;
-constexpr int kSpans = 4;
-constexpr Index kAhead = 512 << 10;  // bytes of an announcement: they must stay in the caches
-constexpr Index kAheadStep = 1024;   // at a time: a thread must notice soon that there is work
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -85,46 +82,13 @@ class Pool {
         state_.fetch_or(kClosed);
         // A worker that lost its processor to another program comes back the sooner for a yield.
         for (int i = 0; state_.load(std::memory_order_acquire) != kClosed; ++i)
-            i < kSpins ? wait_briefly() : std::this_thread::yield();
-    }
-
-    void announce(const Span *spans, int count) {
-        left_.store(0, std::memory_order_relaxed);
-        Index total = 0;
-        for (int i = 0; i < kSpans; ++i) {
-            const Index size = i < count ? std::min(spans[i].size, kAhead - total) : 0;
-            spans_[i].store(i < count ? spans[i].data : nullptr, std::memory_order_relaxed);
-            sizes_[i].store(size, std::memory_order_relaxed);
-            total += size;
-        }
-        left_.store(total, std::memory_order_relaxed);
+            i < kSpins ? pause_briefly() : std::this_thread::yield();
     }
 
   private:
     void take() {
         for (Index from; (from = next_.fetch_add(grain_)) < count_;)
             work_(context_, from, std::min(count_, from + grain_));
-    }
-    // Fetch some of what was announced, or let time pass. (A span that is being replaced meanwhile
-    // may be mixed up with another one: a wasted fetch.)
-    void wait_briefly() {
-        if (left_.load(std::memory_order_relaxed) <= 0) return pause_briefly();
-        const Index left = left_.fetch_sub(kAheadStep, std::memory_order_relaxed);
-        Index total = 0;
-        for (const auto &size : sizes_) total += size.load(std::memory_order_relaxed);
-        Index at = total - left;
-        if (left <= 0 || at < 0) return;
-        for (int i = 0; i < kSpans; ++i) {
-            const Index size = sizes_[i].load(std::memory_order_relaxed);
-            if (at >= size) {
-                at -= size;
-                continue;
-            }
-            const std::uint8_t *from = spans_[i].load(std::memory_order_relaxed) + at;
-            for (Index byte = 0; byte < std::min(kAheadStep, size - at); byte += 64)
-                __builtin_prefetch(from + byte, 0, 2);
-            return;
-        }
     }
     void wake() {
         generation_.fetch_add(1);
@@ -135,7 +99,7 @@ class Pool {
     }
     void serve() {
         for (std::uint32_t seen = 0;;) {
-            for (int i = 0; i < kSpins && generation_.load() == seen; ++i) wait_briefly();
+            for (int i = 0; i < kSpins && generation_.load() == seen; ++i) pause_briefly();
             if (generation_.load() == seen) {
                 std::unique_lock<std::mutex> hold(sleep_);
                 sleeping_.fetch_add(1);
@@ -155,9 +119,7 @@ class Pool {
     std::atomic<std::uint32_t> generation_{0}, state_{kClosed};
     std::atomic<int> sleeping_{0};
     std::atomic<bool> stop_{false};
-    std::atomic<Index> next_{0}, left_{0};
-    std::atomic<const std::uint8_t *> spans_[kSpans] = {};
-    std::atomic<Index> sizes_[kSpans] = {};
+    std::atomic<Index> next_{0};
     Index count_ = 0, grain_ = 1;
     void (*work_)(void *, Index, Index) = nullptr;
     void *context_ = nullptr;
@@ -195,5 +157,3 @@ int get_threads() { return pool()->threads(); }
 void spread(Index count, Index grain, void (*work)(void *, Index, Index), void *context) {
     if (count > 0) pool()->run(count, grain, work, context);
 }
-
-void announce(const Span *spans, int count) { pool()->announce(spans, count); }

@@ -19,11 +19,3 @@ template <typename Work> void over_panels(Index count, Index grain, const Work &
         [](void *context, Index from, Index to) { (*static_cast<const Work *>(context))(from, to); },
         const_cast<void *>(static_cast<const void *>(&work)));
 }
-
-// What the next call will read first, in this order: a thread that has nothing else to do brings it
-// nearer meanwhile. The memory is never touched otherwise, so it may be gone by then.
-struct Span {
-    const std::uint8_t *data;
-    Index size;
-};
-void announce(const Span *spans, int count);

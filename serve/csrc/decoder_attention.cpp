@@ -47,7 +47,7 @@ void Decoder::attention(const Batch &batch, Index index) {
     const Dimensions &d = shape_;
     const Index queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
     float *y = qkv_.data();
-    multiply_all(layer.qkv, normed_.data(), d.hidden, batch.count, y, layer.output);
+    multiply_all(layer.qkv, normed_.data(), d.hidden, batch.count, y);
     if (layer.qkv.size() == 1) {
         query_ = {y, queries + 2 * keys};
         key_ = {y + queries, queries + 2 * keys};

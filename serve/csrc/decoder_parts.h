@@ -6,8 +6,6 @@
 #include "decoder.h"
 #include "pool.h"
 
-constexpr int kMostLinears = 3;  // that share an input
-
 // Work for each token, in pieces that are worth a thread's while; width: floats of a token.
 template <typename Work> void each_token(Index count, Index width, const Work &work) {
     constexpr Index kPiece = 16384;
@@ -20,10 +18,9 @@ inline void grow(Floats &room, Index size) {
     if (Index(room.size()) < size) room.resize(std::size_t(size));
 }
 
-// Products with the same inputs [count, columns]; their outputs lie one after the other. `next` are
-// those of the step that come after them.
+// Products with the same inputs [count, columns]; their outputs lie one after the other.
 inline void multiply_all(const std::vector<Linear> &linears, const float *x, Index columns, Index count,
-                         float *y, const std::vector<Linear> &next) {
+                         float *y) {
     std::vector<Factor> factors;
     factors.reserve(linears.size());
     for (const Linear &linear : linears) {
@@ -31,12 +28,5 @@ inline void multiply_all(const std::vector<Linear> &linears, const float *x, Ind
         factors.push_back({linear.matrix.get(), linear.act8, bias, y});
         y += linear.matrix->view().rows * count;
     }
-    Span spans[kMostLinears];
-    int known = 0;
-    for (const Linear &linear : next) {
-        const View &m = linear.matrix->view();
-        spans[known++] = {m.data, m.starts[m.panels]};
-    }
-    announce(spans, known);
     multiply(factors, x, columns, count);
 }

@@ -23,9 +23,9 @@ const float *Decoder::step(const Batch &batch) {
     for (Index i = 0; i < d.layers; ++i) {
         const Layer &layer = layers_[std::size_t(i)];
         attention(batch, i);
-        multiply_all(layer.output, mixed_.data(), d.heads * d.head_dim, n, added_.data(), layer.gate_up);
+        multiply_all(layer.output, mixed_.data(), d.heads * d.head_dim, n, added_.data());
         join(layer.after_attention, &layer.mlp_norm, n);
-        mlp(layer, i + 1 < d.layers ? layers_[std::size_t(i) + 1].qkv : head_, n);
+        mlp(layer, n);
         join(layer.after_mlp, i + 1 < d.layers ? &layers_[std::size_t(i) + 1].attention_norm : nullptr, n);
     }
     return logits(batch);
@@ -85,12 +85,12 @@ void Decoder::join(const Floats &after, const Floats *next, Index count) {
     });
 }
 
-void Decoder::mlp(const Layer &layer, const std::vector<Linear> &next, Index count) {
+void Decoder::mlp(const Layer &layer, Index count) {
     constexpr Index kPiece = 2048;
     const DecoderKernels &k = decoder_kernels();
     const Index width = shape_.intermediate, pieces = (width + kPiece - 1) / kPiece;
     const bool fused = layer.gate_up.size() == 1;
-    multiply_all(layer.gate_up, normed_.data(), shape_.hidden, count, gates_.data(), layer.down);
+    multiply_all(layer.gate_up, normed_.data(), shape_.hidden, count, gates_.data());
     const Index stride = fused ? 2 * width : width;
     const float *ups = gates_.data() + (fused ? width : count * width);
     over_panels(count * pieces, std::max<Index>(1, 4 * kPiece / width), [&](Index from, Index to) {
@@ -100,7 +100,7 @@ void Decoder::mlp(const Layer &layer, const std::vector<Linear> &next, Index cou
                    gated_.data() + t * width + first);
         }
     });
-    multiply_all(layer.down, gated_.data(), width, count, added_.data(), next);
+    multiply_all(layer.down, gated_.data(), width, count, added_.data());
 }
 
 const float *Decoder::logits(const Batch &batch) {
@@ -111,7 +111,7 @@ const float *Decoder::logits(const Batch &batch) {
         k.norm(x_.data() + batch.wanted[w] * width, norm_.data(), shape_.epsilon, width,
                normed_.data() + w * width);
     });
-    multiply_all(head_, normed_.data(), width, count, logits_.data(), layers_[0].qkv);
+    multiply_all(head_, normed_.data(), width, count, logits_.data());
     if (shape_.logit_cap > 0)
         each_token(count, vocabulary, [&](Index w) {
             k.cap(shape_.logit_cap, vocabulary, logits_.data() + w * vocabulary);

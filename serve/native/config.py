@@ -6,14 +6,13 @@ config classes, for the keys that published models leave out.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint import CONFIG
+from secateur.checkpoint import CONFIG, read_json
 from secateur.errors import ModelError
 from secateur.serve.native.rope import TYPES, Rope, make_rope
 
@@ -133,7 +132,7 @@ def obstacle(directory: str | Path) -> str | None:
     Raises:
         ModelError: there is no readable ``config.json``.
     """
-    return _obstacle(_read(Path(directory) / CONFIG))
+    return _obstacle(read_json(Path(directory) / CONFIG))
 
 
 def read_architecture(directory: str | Path) -> Architecture:
@@ -143,7 +142,7 @@ def read_architecture(directory: str | Path) -> Architecture:
         ModelError: a file is missing or damaged, or the engine cannot run the model.
     """
     path = Path(directory)
-    config = _read(path / CONFIG)
+    config = read_json(path / CONFIG)
     if (why := _obstacle(config)) is not None:
         raise ModelError(f"the native engine cannot run {path}: {why}", _FALL_BACK)
     try:
@@ -168,21 +167,6 @@ def _check(a: Architecture) -> None:
         raise ValueError(f"{a.heads} heads for {a.kv_heads} KV heads")
     if a.head_dim > 1024:
         raise ValueError(f"a head_dim of {a.head_dim}, of at most 1024")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path.parent} has no {path.name}",
-            "give the path of a Hugging Face model directory (config.json + *.safetensors)",
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise ModelError(f"{path} is not valid JSON: {fault}", "copy the file again") from fault
-    if not isinstance(parsed, dict):
-        raise ModelError(f"{path} is not a JSON object", "copy the file again")
-    return parsed
 
 
 def _obstacle(config: dict[str, Any]) -> str | None:
@@ -253,7 +237,7 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _eos(path: Path, config: dict[str, Any]) -> frozenset[int]:
     generation = path / "generation_config.json"
-    found = _read(generation).get("eos_token_id") if generation.exists() else None
+    found = read_json(generation).get("eos_token_id") if generation.exists() else None
     found = config.get("eos_token_id") if found is None else found
     return frozenset([] if found is None else found if isinstance(found, list) else [found])
 

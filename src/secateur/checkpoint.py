@@ -73,7 +73,7 @@ class Checkpoint:
                 f"there is no model directory at {self.path}",
                 "give the path of a Hugging Face model directory (config.json + *.safetensors)",
             )
-        self.config: dict[str, Any] = _read_json(self.path / CONFIG)
+        self.config: dict[str, Any] = read_json(self.path / CONFIG)
         self._entries: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._starts: dict[Path, int] = {}
         for shard in self._shards():
@@ -83,7 +83,7 @@ class Checkpoint:
 
     def _shards(self) -> list[Path]:
         if (self.path / INDEX).exists():
-            named = _read_json(self.path / INDEX).get("weight_map")
+            named = read_json(self.path / INDEX).get("weight_map")
             if not isinstance(named, dict):
                 raise ModelError(f"{self.path / INDEX} has no 'weight_map'", "copy the file again")
             shards = [self.path / name for name in sorted(set(named.values()))]
@@ -166,7 +166,12 @@ class Checkpoint:
         return {file.name: file_sha256(file) for file in [self.path / CONFIG, *self.files]}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that belongs to a model directory.
+
+    Raises:
+        ModelError: the file is missing, damaged, or holds something else.
+    """
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
