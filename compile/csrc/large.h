@@ -181,7 +181,7 @@ void slots(const View &m, Index panel, float *w, std::int32_t *places) {
 }
 
 template <int T, int Halves, bool Placed>
-INLINE void tile_of(const float *w, const std::int32_t *place, const float *x, Index count,
+APART void tile_of(const float *w, const std::int32_t *place, const float *x, Index count,
                     float *y) {
     F8 acc[T][Halves];
     for (int t = 0; t < T; ++t)
@@ -279,7 +279,7 @@ void list(const View &m, Index panel, Index from, Index to, Index listed, float 
 }
 
 template <int Vectors>
-INLINE void skip_of(const float *w, const std::uint16_t *place, Index listed,
+APART void skip_of(const float *w, const std::uint16_t *place, Index listed,
                     const std::int32_t *counts, const float *x, Index wide, float *y, Index stride) {
     for (int r = 0; r < 8; ++r, w += listed, place += listed, y += stride) {
         F8 acc[Vectors];

@@ -63,7 +63,7 @@ void expand_picked(const View &m, Index panel, int half, Index first, Index grou
 }
 
 template <Type V, int G, int T>
-INLINE void tile_dense(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
+APART void tile_dense(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
                        const float *factors, Index groups, float *y) {
     // int4: eight steps of sums in int16, see dense4.
     constexpr int kSteps = V == Type::int8 ? G / 2 : 8, kParts = V == Type::int8 ? 1 : G / 32;
@@ -105,7 +105,7 @@ INLINE void tile_dense(const std::uint8_t *w, const float *scales, const std::ui
 
 // A step holds eight activations and their negatives (weights are magnitudes then), or sixteen.
 template <Type V, int G, int T, int Keep>
-INLINE void tile_picked(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
+APART void tile_picked(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
                         const float *factors, Index groups, float *y) {
     constexpr int kQuads = Keep == 2 ? G / 8 : G * Keep / 64;
     constexpr int kShared = Keep == 8 ? 2 : 1;  // quads of a step

@@ -17,6 +17,14 @@
 #define INLINE inline
 #endif
 
+// A loop whose sums fill the registers is a function of its own: inlined into others, compilers keep
+// some of the sums in memory, and it takes up to twice as long.
+#if defined(__GNUC__)
+#define APART __attribute__((noinline))
+#else
+#define APART
+#endif
+
 // The build says which one: -DISA=plain, avx2 or neon.
 #define SIMD_plain 0
 #define SIMD_avx2 1

@@ -164,7 +164,7 @@ template <int Height> INLINE B32 inputs_of(const std::int8_t *q) {
 // Kept columns of block rows. Every step has its own factor, so that no loop ends with a group:
 // groups keep unequal numbers, and a processor cannot guess where each ends.
 template <Type V, int Height, int G>
-void int_vector(const View &m, Index panel, const Inputs &in, float *y, std::uint8_t *scratch) {
+APART void int_vector(const View &m, Index panel, const Inputs &in, float *y, std::uint8_t *scratch) {
     constexpr int kHalves = Height == 16 ? 2 : 1, kWidth = Height == 4 ? 8 : 4;
     constexpr int kStep = V == Type::int4 ? 2 * kWidth : kWidth;
     const Index groups = m.padded / G;
@@ -216,7 +216,7 @@ void int_vector(const View &m, Index panel, const Inputs &in, float *y, std::uin
 enum class Form { dense, two_of_four, four_of_16, eight_of_16 };
 
 template <Type V, int T, int G, Form F>
-void int_panels(const View &m, Index first, Index last, const Inputs &in, float *y, Index stride) {
+APART void int_panels(const View &m, Index first, Index last, const Inputs &in, float *y, Index stride) {
     const Index groups = m.padded / G;
     for (Index panel = first; panel < last; ++panel) {
         const std::uint8_t *p = m.data + m.starts[panel];
