@@ -10,9 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import threading
 import time
-import traceback
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,19 +23,17 @@ from secateur.device import choose_dtype
 from secateur.model import load_causal_lm, load_tokenizer
 from secateur.serve import sampling
 from secateur.serve.engine import (
-    Engine,
     EngineStats,
-    EngineUnavailable,
     Event,
     Generation,
     GenerationFault,
     GenerationRequest,
-    check_request,
 )
 from secateur.serve.linear import kernel_report
 from secateur.serve.output import Output
 from secateur.serve.sampling import Floats, TokenLogprobs
 from secateur.serve.text import TextCodec
+from secateur.serve.worker import WorkerEngine, failed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +100,7 @@ class _Sequence:
         return self.output.add(token, details)
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(WorkerEngine):
     """See the module.
 
     Args:
@@ -113,6 +109,7 @@ class TransformersEngine(Engine):
         model_name: the name to serve it under.
         threads: CPU threads of the worker.
         max_running: requests that take turns; more wait. Each has a KV cache of its own.
+        max_waiting: requests that wait; more are refused as `EngineBusy`.
     """
 
     name = "transformers"
@@ -125,7 +122,9 @@ class TransformersEngine(Engine):
         model_name: str,
         threads: int,
         max_running: int = 16,
+        max_waiting: int = 256,
     ) -> None:
+        super().__init__(max_waiting)
         config = model.config.get_text_config()
         self.model_name = model_name
         self.codec = codec
@@ -144,90 +143,54 @@ class TransformersEngine(Engine):
         self._short_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._threads = threads
         self._max_running = max_running
-        self._waiting: deque[Generation] = deque()
+        self._waiting: deque[_Sequence] = deque()
         self._running: deque[_Sequence] = deque()
-        self._changed = threading.Condition()
-        self._refusing: str | None = None
-        self._deadline = float("inf")
-        self._worker = threading.Thread(target=self._work, name="secateur-engine", daemon=True)
-        self._worker.start()
-
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request; see `Engine.submit`."""
-        check_request(request, self)
-        generation = Generation(request)
-        with self._changed:
-            if self._refusing is not None:
-                raise EngineUnavailable(self._refusing)
-            self._waiting.append(generation)
-            self._changed.notify()
-        return generation
+        self._start()
 
     def stats(self) -> EngineStats:
         """How busy the engine is now."""
         with self._changed:
-            waiting = sum(not generation.cancelled for generation in self._waiting)
-            return EngineStats(len(self._running), waiting)
-
-    def unavailable(self) -> str | None:
-        """Why the engine takes no requests, or None."""
-        return self._refusing
+            return EngineStats(len(self._running), self._count_waiting())
 
     def report(self) -> tuple[str, ...]:
         """What computes the packed linears."""
         return tuple(map(str, kernel_report(self._model)))
 
-    def drain(self, seconds: float) -> None:
-        """Take no more requests; see `Engine.drain`."""
-        # No lock: this is called by signal handlers, which may interrupt a thread that holds it.
-        self._refusing = self._refusing or "the server is shutting down"
-        self._deadline = min(self._deadline, time.monotonic() + seconds)
+    def _queue(self, generation: Generation, output: Output) -> None:
+        self._waiting.append(_Sequence(generation, output))
 
-    def close(self) -> None:
-        """Abort everything and end the worker."""
-        self.drain(0.0)
+    def _count_waiting(self) -> int:
+        return sum(not sequence.generation.cancelled for sequence in self._waiting)
+
+    def _clear(self, last: Event | GenerationFault) -> None:
         with self._changed:
-            self._changed.notify()
-        self._worker.join()
+            Generation.deliver_all(
+                [(one.generation, last) for one in (*self._waiting, *self._running)]
+            )
+            self._waiting.clear()
+            self._running.clear()
 
-    def _work(self) -> None:
+    def _serve(self) -> None:
         torch.set_num_threads(self._threads)  # also a property of the calling thread
-        try:
-            with torch.inference_mode():
-                while self._admit():
-                    self._turn()
-        except BaseException as fault:
-            self._refusing = f"the engine's worker died: {type(fault).__name__}: {fault}"
-            print(f"serve: {self._refusing}", file=sys.stderr)
-            self._fail_all()
+        with torch.inference_mode():
+            while self._admit():
+                self._turn()
 
     def _admit(self) -> bool:
         """Wait for something to do; False when the engine is to end."""
         with self._changed:
             while not self._waiting and not self._running:
-                if time.monotonic() >= self._deadline:
+                if time.monotonic() >= self._end:
                     return False
                 self._changed.wait()
-            if time.monotonic() >= self._deadline:
-                for generation in (*self._waiting, *(one.generation for one in self._running)):
-                    generation.deliver(Event(None, finish_reason="abort"))
-                self._waiting.clear()
-                self._running.clear()
+            if time.monotonic() >= self._end:
+                self._clear(Event(None, finish_reason="abort"))
                 return True
             while self._waiting and len(self._running) < self._max_running:
-                generation = self._waiting.popleft()
-                if not generation.cancelled:
-                    request = generation.request
-                    output = Output(request, self.codec, self.end_tokens, self.max_length)
-                    self._running.append(_Sequence(generation, output))
+                sequence = self._waiting.popleft()
+                if not sequence.generation.cancelled:
+                    self._running.append(sequence)
         return True
-
-    def _fail_all(self) -> None:
-        with self._changed:
-            for generation in (*self._waiting, *(one.generation for one in self._running)):
-                generation.deliver(GenerationFault(str(self._refusing)))
-            self._waiting.clear()
-            self._running.clear()
 
     def _turn(self) -> None:
         """One piece of work for the request whose turn it is."""
@@ -244,12 +207,12 @@ class TransformersEngine(Engine):
                 outcome = self._advance(sequence)
                 ended = outcome is not None and outcome.finish_reason is not None
             except Exception as fault:  # whatever it was, it concerns this request only
-                print("serve: a request failed:", file=sys.stderr)
-                traceback.print_exception(fault)
-                outcome, ended = GenerationFault(f"{type(fault).__name__}: {fault}"), True
+                outcome, ended = failed(fault), True
         with self._changed:
             self._running.popleft()
-            if not ended:
+            if ended:
+                self._ended.append(time.monotonic())
+            else:
                 self._running.append(sequence)
         if outcome is not None:  # only now: who reads it may look at stats()
             generation.deliver(outcome)

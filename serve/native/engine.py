@@ -8,24 +8,10 @@ generates does not depend on what else is in the batch, nor on being sent back t
 from __future__ import annotations
 
 import math
-import sys
-import threading
 import time
-import traceback
-from collections import deque
 from collections.abc import Iterable
 
-from secateur.serve.engine import (
-    Engine,
-    EngineBusy,
-    EngineStats,
-    EngineUnavailable,
-    Event,
-    Generation,
-    GenerationFault,
-    GenerationRequest,
-    check_request,
-)
+from secateur.serve.engine import EngineStats, Event, Generation, GenerationFault
 from secateur.serve.native import sampling
 from secateur.serve.native.batch import Questions, Run, answer, make_batch, make_questions
 from secateur.serve.native.pages import PagePool
@@ -33,15 +19,14 @@ from secateur.serve.native.scheduler import Plan, Scheduler
 from secateur.serve.native.step import Floats, StepModel
 from secateur.serve.output import Output
 from secateur.serve.text import TextCodec
-
-LONGEST_RETRY = 60.0  # seconds
+from secateur.serve.worker import WorkerEngine, failed
 
 NOT_NUMBERS = "the logits are not numbers (NaN or infinite), or the schema allows no token"
 
 Outcomes = dict[Run, Event | GenerationFault]
 
 
-class NativeEngine(Engine):
+class NativeEngine(WorkerEngine):
     """See the module.
 
     Args:
@@ -69,6 +54,7 @@ class NativeEngine(Engine):
         deadline: float | None = None,
         report: Iterable[str] = (),
     ) -> None:
+        super().__init__(max_waiting)
         self.model_name = model_name
         self.codec = codec
         self.vocabulary_size = model.vocabulary_size
@@ -83,30 +69,7 @@ class NativeEngine(Engine):
         self._scheduler: Scheduler[Run] = Scheduler(
             self._pool, max_running=max_running, prompt_budget=token_budget, deadline=deadline
         )
-        self._max_waiting = max_waiting
-        self._ended: deque[float] = deque(maxlen=32)  # when requests ended lately
-        self._changed = threading.Condition()  # guards the scheduler
-        self._refusing: str | None = None
-        self._end = float("inf")
-        self._worker = threading.Thread(target=self._work, name="secateur-engine", daemon=True)
-        self._worker.start()
-
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request; see `Engine.submit`."""
-        check_request(request, self)
-        generation = Generation(request)
-        output = Output(request, self.codec, self.end_tokens, self.max_length)
-        run = Run(generation, output)
-        with self._changed:
-            if self._refusing is not None:
-                raise EngineUnavailable(self._refusing)
-            if self._scheduler.waiting >= self._max_waiting:
-                raise EngineBusy(
-                    f"{self._scheduler.waiting} requests wait already", self._retry_after()
-                )
-            self._scheduler.add(run)
-            self._changed.notify()
-        return generation
+        self._start()
 
     def stats(self) -> EngineStats:
         """How busy the engine is now."""
@@ -126,39 +89,20 @@ class NativeEngine(Engine):
         """What computes what."""
         return self._report
 
-    def unavailable(self) -> str | None:
-        """Why the engine takes no requests, or None."""
-        return self._refusing
+    def _queue(self, generation: Generation, output: Output) -> None:
+        self._scheduler.add(Run(generation, output))
 
-    def drain(self, seconds: float) -> None:
-        """Take no more requests; see `Engine.drain`."""
-        # No lock: this is called by signal handlers, which may interrupt a thread that holds it.
-        self._refusing = self._refusing or "the server is shutting down"
-        self._end = min(self._end, time.monotonic() + seconds)
+    def _count_waiting(self) -> int:
+        return self._scheduler.waiting
 
-    def close(self) -> None:
-        """Abort everything, end the worker and free the model."""
-        self.drain(0.0)
+    def _clear(self, last: Event | GenerationFault) -> None:
         with self._changed:
-            self._changed.notify()
-        self._worker.join()
+            Generation.deliver_all([(run.generation, last) for run in self._scheduler.clear()])
 
-    def _retry_after(self) -> float:
-        """Seconds until those who wait now should have their turn, from the latest throughput."""
-        if len(self._ended) < 2:
-            return 1.0
-        seconds = (time.monotonic() - self._ended[0]) / len(self._ended)
-        return min(max(1.0, seconds * self._scheduler.waiting), LONGEST_RETRY)
-
-    def _work(self) -> None:
+    def _serve(self) -> None:
         try:
             while (plan := self._next_plan()) is not None:
                 self._step(plan)
-        except BaseException as fault:
-            self._refusing = f"the engine's worker died: {type(fault).__name__}: {fault}"
-            print(f"serve: {self._refusing}", file=sys.stderr)
-            traceback.print_exception(fault)
-            self._clear(GenerationFault(self._refusing))
         finally:
             self._model.close()
 
@@ -180,11 +124,6 @@ class NativeEngine(Engine):
                     return plan
                 self._changed.wait()
 
-    def _clear(self, last: Event | GenerationFault) -> None:
-        """End all requests with the same event."""
-        with self._changed:
-            Generation.deliver_all([(run.generation, last) for run in self._scheduler.clear()])
-
     def _step(self, plan: Plan[Run]) -> None:
         """Compute a plan; what fails in it, fails alone."""
         for run, _ in plan:
@@ -195,7 +134,7 @@ class NativeEngine(Engine):
             logits = self._model.step(make_batch(plan, questions.wanted))
         except Exception as fault:
             if len(plan) == 1:
-                return self._finish_step([], {plan[0][0]: _failed(fault)})
+                return self._finish_step([], {plan[0][0]: failed(fault)})
             logits = None
         if logits is None:  # whoever it was: each once more, alone
             for item in plan:
@@ -211,19 +150,19 @@ class NativeEngine(Engine):
             assert run.output.prompt_logprobs is not None
             run.output.prompt_logprobs.append(score)
             if math.isnan(score.logprob):
-                outcomes[run] = _failed(ValueError(NOT_NUMBERS))
+                outcomes[run] = failed(ValueError(NOT_NUMBERS))
         for run, count in plan:
             if run.remaining == count and not run.output.room:
                 outcomes.setdefault(run, run.output.nothing())
         for (run, _), (token, details) in zip(questions.choices, choices, strict=True):
             if token == sampling.REFUSED:
-                outcomes[run] = _failed(ValueError(NOT_NUMBERS))
+                outcomes[run] = failed(ValueError(NOT_NUMBERS))
             elif run not in outcomes:
                 run.tokens.append(token)
                 try:
                     outcomes[run] = run.output.add(token, details)
                 except ValueError as fault:  # of the grammar that the text has to follow
-                    outcomes[run] = _failed(fault)
+                    outcomes[run] = failed(fault)
         return outcomes
 
     def _finish_step(self, plan: Plan[Run], outcomes: Outcomes) -> None:
@@ -238,9 +177,3 @@ class NativeEngine(Engine):
                     self._ended.append(time.monotonic())
         # Only now: who reads it may look at stats().
         Generation.deliver_all([(run.generation, outcome) for run, outcome in outcomes.items()])
-
-
-def _failed(fault: Exception) -> GenerationFault:
-    print("serve: a request failed:", file=sys.stderr)
-    traceback.print_exception(fault)
-    return GenerationFault(f"{type(fault).__name__}: {fault}")

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from secateur.serve import load
 from secateur.serve.app import create_app
 from secateur.serve.engine import (
+    EngineBusy,
     EngineStats,
     EngineUnavailable,
     Event,
@@ -153,6 +154,29 @@ def test_more_requests_than_run_at_once_wait(tiny: Path) -> None:
 
     asyncio.run(scenario())
     engine.close()
+
+
+def test_too_many_that_wait_are_refused_until_one_leaves(tiny: Path) -> None:
+    async def scenario() -> None:
+        first = made.submit(replace(REQUEST, max_tokens=60))
+        await anext(first)  # it runs, so what follows waits
+        second = made.submit(REQUEST)
+        with pytest.raises(EngineBusy, match="1 requests wait already") as busy:
+            made.submit(REQUEST)
+        assert busy.value.retry_after > 0
+        second.cancel()
+        third = made.submit(REQUEST)
+        assert len(await all_of(third)) == 4
+        first.cancel()
+
+    model = load(tiny, engine="transformers", threads=1)
+    assert isinstance(model, TransformersEngine)
+    made = TransformersEngine(
+        model._model, model.codec, model_name="tiny", threads=1, max_running=1, max_waiting=1
+    )
+    asyncio.run(scenario())
+    made.close()
+    model.close()
 
 
 def test_the_context_is_the_limit(engine: TransformersEngine) -> None:
