@@ -30,13 +30,15 @@ $(MODEL): | .venv/installed
 test: install model
 	$(BIN)/python -m pytest --cov --cov-report=term
 
-# The kernels without Python: 100000 random and damaged matrices, every access to memory checked.
+# The native code without Python: 100000 random and damaged matrices, and 400 decoders with damaged
+# batches among theirs, every access to memory checked.
 # The kernels are not optimised: with a check at every operation that would take minutes to compile.
 SWEEP := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile
 test-native:
 	$(SWEEP) OUT=out/native/checked ISAS="plain $(if $(filter x86_64,$(shell uname -m)),avx2,neon)" \
 	  FLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ISA_FLAGS="-O0 -DINLINE=inline"
 	seq 2 | xargs -P2 -I{} out/native/checked/sweep {} 50000
+	seq 2 | xargs -P2 -I{} out/native/checked/steps {} 200
 
 # The NEON kernels, on an ARM processor that qemu plays.
 ARM_TOOLS := g++-aarch64-linux-gnu qemu-user
@@ -46,6 +48,7 @@ test-arm:
 	  { echo "make test-arm needs a cross compiler and an emulator: apt-get install $(ARM_TOOLS)"; exit 1; }
 	$(SWEEP) OUT=out/native/arm ISAS="plain neon" CXX=aarch64-linux-gnu-g++ FLAGS="-O1" LINK=-static
 	seq 2 | xargs -P2 -I{} qemu-aarch64 out/native/arm/sweep {} 2000
+	seq 2 | xargs -P2 -I{} qemu-aarch64 out/native/arm/steps {} 50
 
 # The page at / in a browser.
 test-page: install

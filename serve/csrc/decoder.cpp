@@ -18,16 +18,6 @@
 
 namespace nb = nanobind;
 
-const DecoderKernels &decoder_kernels() {
-    const std::string name = kernels().name;
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (name == "avx2") return avx2_decoder_kernels();
-#elif defined(__aarch64__)
-    if (name == "neon") return neon_decoder_kernels();
-#endif
-    return plain_decoder_kernels();
-}
-
 namespace {
 
 template <typename T, int Dims>

@@ -2,8 +2,19 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string>
 
 #include "decoder_parts.h"
+
+const DecoderKernels &decoder_kernels() {
+    const std::string name = kernels().name;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (name == "avx2") return avx2_decoder_kernels();
+#elif defined(__aarch64__)
+    if (name == "neon") return neon_decoder_kernels();
+#endif
+    return plain_decoder_kernels();
+}
 
 const float *Decoder::step(const Batch &batch) {
     const std::lock_guard<std::mutex> hold(busy_);
