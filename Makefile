@@ -30,7 +30,7 @@ $(MODEL): | .venv/installed
 test: install model
 	$(BIN)/python -m pytest --cov --cov-report=term
 
-# The native code without Python: 100000 random and damaged matrices, and 400 decoders with damaged
+# The native code without Python: 100000 random and damaged matrices, and 200 decoders with damaged
 # batches among theirs, every access to memory checked.
 # The kernels are not optimised: with a check at every operation that would take minutes to compile.
 SWEEP := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile
@@ -38,7 +38,7 @@ test-native:
 	$(SWEEP) OUT=out/native/checked ISAS="plain $(if $(filter x86_64,$(shell uname -m)),avx2,neon)" \
 	  FLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ISA_FLAGS="-O0 -DINLINE=inline"
 	seq 2 | xargs -P2 -I{} out/native/checked/sweep {} 50000
-	seq 2 | xargs -P2 -I{} out/native/checked/steps {} 200
+	seq 2 | xargs -P2 -I{} out/native/checked/steps {} 100
 
 # The NEON kernels, on an ARM processor that qemu plays.
 ARM_TOOLS := g++-aarch64-linux-gnu qemu-user
