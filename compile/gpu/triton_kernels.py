@@ -36,7 +36,16 @@ def _integers(biased: tl.tensor, zero: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _even_odd8(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, e: tl.tensor, f: tl.tensor, g: tl.tensor, h: tl.tensor) -> tl.tensor:
+def _even_odd8(
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    d: tl.tensor,
+    e: tl.tensor,
+    f: tl.tensor,
+    g: tl.tensor,
+    h: tl.tensor,
+) -> tl.tensor:
     """Eight ``[n]`` as ``[8 n]``: the first of each, then the second of each, and so on."""
     even = tl.join(tl.join(a, e), tl.join(c, g))
     odd = tl.join(tl.join(b, f), tl.join(d, h))
@@ -95,7 +104,7 @@ def _any_mask(kept: tl.tensor, bits: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _dot(weight: tl.tensor, x: tl.tensor, acc: tl.tensor) -> tl.tensor:
-    """acc + weight @ x.T in fp32."""
+    """Add weight @ x.T to acc, in fp32."""
     if INTERPRETED:  # triton 3.9's interpreter would multiply the bits of bf16 as integers
         return tl.dot(weight.to(tl.float32), tl.trans(x.to(tl.float32)), acc)
     return tl.dot(weight, tl.trans(x), acc)
@@ -211,7 +220,7 @@ def add_parts(
     BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
 ) -> None:
-    """y ``[size]`` = the sum of ``parts [count, size]`` in their order, plus ``bias [rows]``."""
+    """Make y ``[size]``: the sum of ``parts [count, size]`` in order, plus ``bias [rows]``."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros((BLOCK,), tl.float32)

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 
 from secateur.compile.gpu import triton_kernels
 from secateur.compile.gpu.blocks import Blocks

@@ -1,0 +1,139 @@
+"""A packed linear on a GPU: the parts that its plan's back ends read, and the product.
+
+    matrix = hold(pieces, "bf16", torch.device("cuda"))
+    y = matrix.multiply(x, bias)      # x [tokens, columns], y [tokens, rows]
+    print(matrix.plan)
+
+Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear, pad
+
+from secateur.compile.gpu import crossover, machine, sm80
+from secateur.compile.gpu.blocks import Blocks, make_blocks
+from secateur.compile.gpu.dispatch import BackEnd, Plan, Weight, choose
+from secateur.compile.stored import Pieces
+from secateur.compile.values import DTYPES
+
+_TOKENS = 8  # that the sparse tensor cores take a multiple of, in 16 bits
+DEVICE = "cuda"
+"""The type of the devices that this is for. Tests put "cpu" here, with interpreted kernels."""
+
+
+class GpuMatrix:
+    """A packed linear in the layouts of its plan.
+
+    Attributes:
+        weight: what it is.
+        plan: which back end computes with how many tokens.
+    """
+
+    def __init__(self, weight: Weight, plan: Plan, blocks: Blocks) -> None:
+        self.weight, self.plan = weight, plan
+        self.blocks = blocks
+        self.dtype = DTYPES[weight.dtype]  # type: ignore[index]
+        self._meta: torch.Tensor | None = None
+        self._compressed: torch.Tensor | None = None
+        if plan.large == "cutlass":
+            self._meta = _metadata(blocks)
+        elif plan.large == "cusparselt":
+            self._compressed = torch._cslt_compress(self.dense())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, of all layouts together."""
+        parts = (self._meta, self._compressed)
+        return self.blocks.nbytes + sum(part.nbytes for part in parts if part is not None)
+
+    def dense(self) -> torch.Tensor:
+        """The dense weight ``[rows, columns]``, each value times its scale rounded once."""
+        from secateur.compile.gpu.triton_product import unpack
+
+        return unpack(self.blocks, self.dtype)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [tokens, columns] @ W.T + bias``, by the back end that the plan names."""
+        return self.multiply_with(self.plan.at(len(x)), x, bias)
+
+    def multiply_with(
+        self, end: BackEnd, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same by a back end of the plan."""
+        x = x.contiguous()
+        if end == "triton":
+            from secateur.compile.gpu.triton_product import multiply
+
+            return multiply(x, self.blocks, bias)
+        if end == "unpack":
+            return linear(x, self.dense(), bias)
+        return self._semi_structured(end, x, bias)
+
+    def _semi_structured(
+        self, end: BackEnd, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """By the sparse tensor cores: W is the left operand, its result the transposed one."""
+        tokens, rows = len(x), self.weight.rows
+        if end == "cusparselt":
+            assert self._compressed is not None
+            given = pad(x, (0, 0, 0, -tokens % _TOKENS)).t()
+            result = torch._cslt_sparse_mm(
+                self._compressed, given, bias=bias, transpose_result=True
+            )
+            return result[:tokens].contiguous()
+        assert self._meta is not None
+        values = self.blocks.values
+        wide = 2 * values.shape[1] - self.weight.columns
+        given = pad(x, (0, wide, 0, -tokens % _TOKENS)).t()
+        result = torch._sparse_semi_structured_mm(values, self._meta, given)
+        result = result.t()[:tokens, :rows]
+        return result.contiguous() if bias is None else result + bias
+
+
+def _metadata(blocks: Blocks) -> torch.Tensor:
+    """Metadata of the SM80 layout for the values of 2:4 blocks, which are in its order."""
+    import numpy as np
+
+    values = blocks.values.view(torch.int16).cpu().numpy()
+    bits = np.unpackbits(blocks.bits.cpu().numpy(), axis=1, bitorder="little").view(np.bool_)
+    dense = np.zeros(bits.shape, values.dtype)
+    dense[bits] = values.reshape(-1)
+    packed = sm80.from_dense(dense, bits)
+    assert np.array_equal(packed.values.view(values.dtype), values)
+    return torch.from_numpy(packed.meta).to(blocks.values.device)
+
+
+def hold(pieces: Pieces, dtype: str, device: torch.device) -> GpuMatrix | str:
+    """Bring a packed linear onto a GPU, and settle which kernel computes it when.
+
+    Args:
+        dtype: of its inputs: bf16, fp16 or another name.
+
+    Returns:
+        The matrix, or why a dense copy should compute.
+
+    Raises:
+        UsageError: SECATEUR_CROSSOVER is not understood.
+    """
+    weight, there, wish = weight_of(pieces, dtype), machine.read(device), crossover.wish()
+    plan = choose(weight, there, wish if isinstance(wish, int) else None)
+    if plan.large == "dense":
+        assert plan.why is not None
+        return plan.why
+    matrix = GpuMatrix(weight, plan, make_blocks(pieces).to(device))
+    if wish == "measure" and device.type == "cuda":
+        up_to = crossover.measured(matrix, device)
+        if up_to is None:
+            return "a dense copy was faster with 1 token when both were measured"
+        matrix.plan = choose(weight, there, up_to, "measured")
+    return matrix
+
+
+def weight_of(pieces: Pieces, dtype: str) -> Weight:
+    """What the rule wants to know of a packed linear."""
+    layer = pieces.layer
+    rows, columns = layer.shape
+    kept = layer.kept / (rows * columns)
+    return Weight(rows, columns, layer.pattern, kept, pieces.value_type, dtype)
