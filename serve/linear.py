@@ -227,7 +227,7 @@ class SparseLinear(torch.nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
         """Move or cast; the scales are moved only."""
         scales, values, source = self.weight_scales, self.weight_values, self._source
-        before = values.dtype, values.device
+        before, dtype = (values.dtype, values.device), self.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         applied = self.weight_scales
         if scales is not None and applied is not None and applied.dtype != scales.dtype:
@@ -236,7 +236,7 @@ class SparseLinear(torch.nn.Module):
         if self.value_type is None:
             self.dtype = values.dtype
         else:
-            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before[1])).dtype
+            self.dtype = fn(torch.empty(0, dtype=dtype, device=before[1])).dtype
         if source is None:
             return self
         obstacle = self._find_obstacle()
@@ -244,9 +244,10 @@ class SparseLinear(torch.nn.Module):
             self._forget()
         elif self.weight is not None and obstacle is not None:  # the copy was moved and cast, too
             self.obstacle, self._source = obstacle, values.data_ptr()
-        elif self.obstacle != obstacle or (values.data_ptr(), values.dtype, values.device) != (
-            source,
-            *before,
+        elif (
+            self.obstacle != obstacle
+            or (values.data_ptr(), values.dtype, values.device) != (source, *before)
+            or (self._on_gpu and self.dtype != dtype)  # of which its plan is
         ):
             self.prepare()
         return self

@@ -12,6 +12,7 @@ versions, shape and type. Not yet measured on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -126,7 +127,8 @@ def write_cache(file: Path, known: Mapping[str, int | None]) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(file)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _key(matrix: GpuMatrix, device: torch.device) -> str:

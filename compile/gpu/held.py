@@ -89,7 +89,9 @@ class GpuMatrix:
         given = pad(x, (0, wide, 0, -tokens % _TOKENS)).t()
         result = torch._sparse_semi_structured_mm(values, self._meta, given)
         result = result.t()[:tokens, :rows]
-        return result.contiguous() if bias is None else result + bias
+        if bias is None:
+            return result.contiguous()
+        return torch.add(result, bias, out=x.new_empty(tokens, rows))
 
 
 def _metadata(blocks: Blocks) -> torch.Tensor:
