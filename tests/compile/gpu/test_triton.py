@@ -37,7 +37,7 @@ def test_products_and_unpacked_weights(pattern: str, values: str) -> None:
     assert torch.equal(unpack(blocks, dtype), weight.to(dtype))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), values=st.sampled_from(["bf16", "fp16", "int8", "int4"]))
 def test_any_mask_shape_and_number_of_tokens(data: st.DataObject, values: Any) -> None:
     """Ragged edges, empty and full rows and blocks, rows of zeros."""
