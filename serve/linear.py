@@ -180,7 +180,10 @@ class SparseLinear(torch.nn.Module):
         parts = pieces(self.name, self.layer, bits, values, scales, self.group_size)
         dtype = self.dtype if self.value_type else values.dtype
         matrix = gpu.hold(parts, VALUE_TYPES.get(dtype, str(dtype)), device)
-        return matrix if isinstance(matrix, str) else gpu_ops.HeldGpuMatrix(matrix)
+        if isinstance(matrix, str):
+            return matrix
+        matrix.share(self.weight_values.detach(), self.weight_bitmask)
+        return gpu_ops.HeldGpuMatrix(matrix)
 
     def _pack(self) -> cpu.CpuMatrix:
         """The stored tensors in a layout of this CPU."""

@@ -93,7 +93,9 @@ def measured(matrix: GpuMatrix, device: torch.device) -> int | None:
     file, key = cache_file(), _key(matrix, device)
     known = read_cache(file)
     if key not in known:
-        known[key] = crossover_of(time_plan(matrix.plan, _timer(matrix, device)), matrix.plan)
+        with torch.cuda.device(device):
+            times = time_plan(matrix.plan, _timer(matrix, device))
+        known[key] = crossover_of(times, matrix.plan)
         write_cache(file, known)
     return known[key]
 

@@ -9,6 +9,8 @@ Not yet measured on a GPU.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch.nn.functional import pad
@@ -39,6 +41,7 @@ class GpuMatrix:
         self.weight, self.plan = weight, plan
         self.blocks = blocks
         self.dtype = DTYPES[weight.dtype]  # type: ignore[index]
+        self._shared = 0  # bytes
         self._meta: torch.Tensor | None = None
         self._compressed: torch.Tensor | None = None
         if plan.large == "cutlass":
@@ -46,17 +49,32 @@ class GpuMatrix:
         elif plan.large == "cusparselt":
             self._compressed = torch._cslt_compress(self.dense())
 
+    def share(self, values: torch.Tensor, bitmask: torch.Tensor | None) -> None:
+        """Read the stored tensors instead of copies of them, where they lie like blocks.
+
+        Args:
+            values, bitmask: what the matrix was made from, on its device.
+        """
+        mine = self.blocks
+        if bitmask is None or not mine.two_four or mine.value_bits < 16:
+            return
+        if (values.shape, bitmask.shape) == (mine.values.shape, mine.bits.shape):
+            self.blocks = replace(mine, values=values, bits=bitmask)
+            self._shared = values.nbytes + bitmask.nbytes
+
     @property
     def nbytes(self) -> int:
-        """Bytes on the device, of all layouts together."""
+        """Bytes on the device, of all layouts together, beside what is shared."""
         parts = (self._meta, self._compressed)
-        return self.blocks.nbytes + sum(part.nbytes for part in parts if part is not None)
+        own = self.blocks.nbytes - self._shared
+        return own + sum(part.nbytes for part in parts if part is not None)
 
     def dense(self) -> torch.Tensor:
         """The dense weight ``[rows, columns]``, each value times its scale rounded once."""
         from secateur.compile.gpu.triton_product import unpack
 
-        return unpack(self.blocks, self.dtype)
+        with torch.cuda.device_of(self.blocks.bits):  # Triton starts kernels on the current one
+            return unpack(self.blocks, self.dtype)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x [tokens, columns] @ W.T + bias``, by the back end that the plan names."""
@@ -70,7 +88,8 @@ class GpuMatrix:
         if end == "triton":
             from secateur.compile.gpu.triton_product import multiply
 
-            return multiply(x, self.blocks, bias)
+            with torch.cuda.device_of(x):
+                return multiply(x, self.blocks, bias)
         if end == "unpack":
             return torch.nn.functional.linear(x, self.dense(), bias)
         return self._semi_structured(end, x, bias)

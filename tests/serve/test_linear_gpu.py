@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from secateur.compile.gpu import held, machine, sm80
 from secateur.compile.gpu.dispatch import Machine
 from secateur.serve.linear import kernel_report
 from tests.compile.gpu.linears import HALVES, assert_product, draw
 from tests.compile.gpu.modules import make
+from tests.serve.hf_models import close
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +186,43 @@ def test_the_report_says_which_kernel_runs_when(monkeypatch: pytest.MonkeyPatch)
         "1 packed linear: dense copy in torch, float16, 0.0 MB: the packed form takes 96 % of the "
         "dense bytes",
     ]
-    assert report[0].nbytes == 2 * 32 * 128 * 1.125
+    assert report[0].nbytes == 0  # all of it is the stored form
     monkeypatch.setenv("SECATEUR_KERNELS", "off")
     members[0].prepare()
     assert members[0].obstacle == "SECATEUR_KERNELS=off"
+
+
+def test_a_model_computes_with_them(made: Any) -> None:
+    pruned, packed = made["qwen2"]
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float16)
+    dense = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float16)
+    assert sum(use.linears for use in kernel_report(model)) == 14
+    assert {use.path for use in kernel_report(model)} == {"gpu"}
+    assert close(model, dense)
+    model.to(torch.float32)
+    assert {use.path for use in kernel_report(model)} == {"dense"}
+    assert close(model, dense.float())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "values", "rows", "columns", "shared"),
+    [
+        ("2:4", "bf16", 64, 256, True),
+        ("2:4", "bf16", 40, 256, False),
+        ("2:4", "fp16", 64, 168, False),
+        ("50%", "bf16", 64, 256, False),
+        ("2:4", "int8", 128, 256, False),
+    ],
+)
+def test_stored_two_four_is_read_as_it_lies(
+    pattern: str, values: Any, rows: int, columns: int, shared: bool
+) -> None:
+    pieces, weight = draw(pattern, values, rows, columns)
+    module = make(pieces, HALVES.get(values, torch.bfloat16), bias=False)
+    matrix = module.matrix
+    assert isinstance(matrix, held.GpuMatrix)
+    assert (matrix.blocks.values.data_ptr() == module.weight_values.data_ptr()) == shared
+    assert (matrix.nbytes == 0) == shared
+    x = torch.randn(2, columns).to(module.dtype)
+    with torch.no_grad():
+        assert_product(module(x), x, weight)
