@@ -97,13 +97,9 @@ def compress_pieces(
     """`compress` of a packed linear.
 
     Raises:
-        ModelError: its values are int4, it keeps all of them, or a group keeps too many.
+        ModelError: a group keeps too many.
     """
-    if linear.bitmask is None or linear.value_type == "int4":
-        found = "a dense linear" if linear.bitmask is None else "a linear of int4 values"
-        raise ModelError(
-            f"{found} has no 2:4 layout of a GPU", "prune it with --pattern 2:4, in bf16 or int8"
-        )
+    assert linear.bitmask is not None
     rows, columns = linear.layer.shape
     bits = np.repeat(linear.bitmask, rows // len(linear.bitmask), axis=0)
     kept = carried(linear.values.reshape(1, -1))
@@ -203,6 +199,19 @@ def check_shape(shape: Sequence[int], itemsize: int, target: str, high: int, wid
             f"a {rows}x{columns} weight of {8 * itemsize}-bit values does not fit the {target} "
             f"layout, which takes multiples of {high} rows and {wide} columns",
             "pad it (pad=True), or leave this layer dense",
+        )
+
+
+def check_pieces(linear: Pieces) -> None:
+    """Refuse a packed linear that is of int4 values, or keeps all of them.
+
+    Raises:
+        ModelError: says which.
+    """
+    if linear.bitmask is None or linear.value_type == "int4":
+        found = "a dense linear" if linear.bitmask is None else "a linear of int4 values"
+        raise ModelError(
+            f"{found} has no 2:4 layout of a GPU", "prune it with --pattern 2:4, in bf16 or int8"
         )
 
 

@@ -22,6 +22,7 @@ from secateur.compile.gpu.semi_structured import (
     Array,
     Extent,
     carried,
+    check_pieces,
     check_shape,
     compress,
     compress_pieces,
@@ -95,6 +96,7 @@ def from_pieces(pieces: Pieces, *, pad: bool = False) -> Sm80:
     Raises:
         ModelError: the shape does not fit, or a group keeps too many (names row and group).
     """
+    check_pieces(pieces)
     shape, itemsize = pieces.layer.shape, pieces.values.itemsize
     values, nibbles = compress_pieces(pieces, "sm80", *_extents(shape, itemsize, pad))
     return _of(values, nibbles, shape)

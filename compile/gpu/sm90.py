@@ -19,6 +19,7 @@ from secateur.compile.gpu.semi_structured import (
     Array,
     Extent,
     carried,
+    check_pieces,
     check_shape,
     compress,
     compress_pieces,
@@ -100,6 +101,7 @@ def from_pieces(pieces: Pieces, *, tile_k: int = 128, pad: bool = False) -> Sm90
         ModelError: the shape or the type does not fit, or a group keeps too many (names row and
             group).
     """
+    check_pieces(pieces)
     shape, itemsize = pieces.layer.shape, pieces.values.itemsize
     values, nibbles = compress_pieces(pieces, "sm90", *_extents(shape, itemsize, tile_k, pad))
     return Sm90(values, reorder(nibbles, itemsize, tile_k), shape, tile_k)
