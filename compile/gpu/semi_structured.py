@@ -18,7 +18,7 @@ import numpy as np
 
 from secateur.compile import cpu
 from secateur.compile.config import PackedLayer
-from secateur.compile.stored import Pieces, pieces
+from secateur.compile.stored import Pieces, check_scales, integers_of
 from secateur.errors import ModelError
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
@@ -103,12 +103,13 @@ def compress_pieces(
     rows, columns = linear.layer.shape
     bits = np.repeat(linear.bitmask, rows // len(linear.bitmask), axis=0)
     kept = carried(linear.values.reshape(1, -1))
-    if (linear.layer.pattern.n, linear.layer.pattern.m) == (2, 4) and kept.itemsize < 4:
-        stored = np.zeros(values, kept.dtype)
-        stored[:rows, : columns // 2] = kept.reshape(rows, -1)
-        codes = np.full(nibbles, RULES[rule][0] * 17, np.uint8)
-        codes[:rows, : bits.shape[1]] = _pairs(RULES[rule])[bits]
-        return stored, codes
+    size = group_size(kept.itemsize)
+    if (linear.layer.pattern.n, linear.layer.pattern.m) == (size // 2, size):
+        if size == 2:
+            bits = np.stack([bits & 15, bits >> 4], axis=2).reshape(rows, -1)[:, : -(-columns // 4)]
+        pairs = _pairs(rule, size)
+        codes = _padded(np.take(pairs, bits), nibbles, int(pairs[0]))
+        return _padded(kept.reshape(rows, -1), values, 0), codes
     weight = np.zeros((rows, columns), kept.dtype)
     mask = np.unpackbits(bits, axis=1, count=columns, bitorder="little").view(np.bool_)
     weight[mask] = kept[0]
@@ -157,20 +158,14 @@ def expand_pieces(
             f"{size // 2}:{size}",
             "take it as a dense weight",
         )
-    known = np.unique(RULES[rule][[3, 12] if size == 2 else RULES[rule] != 15])
-    masks = np.zeros(16, np.uint8)
-    for nibble in known:
-        low, high = (2, 3) if nibble == 0 else (nibble & 3, nibble >> 2)
-        masks[nibble] = 1 << low // 2 if size == 2 else 1 << low | 1 << high
-    kept = masks[nibbles & 15] | masks[nibbles >> 4] << size
-    legal = np.isin(nibbles & 15, known) & np.isin(nibbles >> 4, known)
-    if not legal.all():
-        raise _no_positions(int((~legal).any(axis=1).argmax()))
+    kept = np.take(_masks(rule, size), nibbles[:rows, : -(-columns // (2 * size))])
+    if not kept.all():
+        raise _no_positions(int((kept == 0).any(axis=1).argmax()))
     if size == 2:
+        kept = np.pad(kept, ((0, 0), (0, kept.shape[1] % 2)))
         kept = kept[:, 0::2] | kept[:, 1::2] << 4
-    bits = np.ascontiguousarray(kept[:rows, : -(-columns // 8)])
     if columns % 8:
-        bits[:, -1] &= (1 << columns % 8) - 1
+        kept[:, -1] &= (1 << columns % 8) - 1
     carrier = {"fp32": "float32", "int8": "int8"}.get(value_type, "uint16")
     layer = PackedLayer(
         pattern=Pattern.parse(f"{size // 2}:{size}"),
@@ -179,7 +174,10 @@ def expand_pieces(
         per_row=columns // 2,
     )
     stored = np.ascontiguousarray(values[:rows, : columns // 2]).view(carrier)
-    return pieces("weight", layer, bits, stored, scales, value_type, scale_columns)
+    if scales is not None and scale_columns is not None:
+        integers_of("weight", layer, stored)
+        check_scales("weight", layer, scales, scale_columns)
+    return Pieces(layer, kept, stored, scales, value_type, scale_columns)
 
 
 def mask_bits(mask: Array | None) -> Array | None:
@@ -215,11 +213,35 @@ def check_pieces(linear: Pieces) -> None:
         )
 
 
-def _pairs(rule: Array) -> Array:
-    """Two nibbles by the mask of eight columns, uint8 ``[256]``."""
-    masks = np.arange(256)
-    pairs: Array = rule[masks & 15] | rule[masks >> 4] << 4
+def _padded(array: Array, shape: Extent, fill: int) -> Array:
+    """The array itself, or a larger one with it in the corner."""
+    if array.shape == shape:
+        return array
+    larger = np.full(shape, fill, array.dtype)
+    larger[: array.shape[0], : array.shape[1]] = array
+    return larger
+
+
+def _pairs(rule: Rule, size: int) -> Array:
+    """Two nibbles by the mask of two groups."""
+    masks = np.arange(1 << 2 * size)
+    low, high = masks & (1 << size) - 1, masks >> size
+    if size == 2:
+        low, high = (own % 2 * 3 | own // 2 * 12 for own in (low, high))
+    pairs: Array = RULES[rule][low] | RULES[rule][high] << 4
     return pairs
+
+
+def _masks(rule: Rule, size: int) -> Array:
+    """The kept columns by two nibbles, uint8 ``[256]``; 0 where one is none of the rule's."""
+    masks = np.zeros(16, np.uint8)
+    for nibble in RULES[rule][[3, 12]] if size == 2 else RULES[rule]:
+        low, high = (2, 3) if nibble == 0 else (nibble & 3, nibble >> 2)
+        masks[nibble] = 1 << low // 2 if size == 2 else 1 << low | 1 << high
+    masks[15] = 0  # a group that keeps too many
+    pairs = np.arange(256)
+    low, high = masks[pairs & 15], masks[pairs >> 4]
+    return np.where((low != 0) & (high != 0), low | high << size, 0).astype(np.uint8)
 
 
 def _too_many(row: Array, bits: Array | None, number: int) -> ModelError:

@@ -123,20 +123,29 @@ def from_dense(weight: Array, mask: Array | None = None, *, pad: bool = False) -
 def reorder(words: Array) -> Array:
     """Metadata words ``[rows, words of a row]`` in CUTLASS's order, of the same shape.
 
-    With row = 32 a + 16 b + 8 q + c (words of 4 bytes: 16 a + 8 q + c, b = 0) and column = 2 s + t,
-    a word moves to the place with the digits s, a, c, b, t, q.
+    Two words of 32 rows (words of 4 bytes: of 16 rows) become a block; blocks go down the rows
+    first. With row = 16 b + 8 q + c (b = 0) and word t of the block, a word moves to the place with
+    the digits c, b, t, q.
     """
-    rows, columns = words.shape
-    digits = words.reshape(-1, 4 // words.itemsize, 2, 8, columns // 2, 2)
-    return digits.transpose(4, 0, 3, 1, 5, 2).reshape(rows, columns)
+    columns = words.shape[1]
+    order = _order(words.itemsize)
+    blocks = words.reshape(-1, len(order) // 2, columns // 2, 2).transpose(2, 0, 1, 3)
+    return np.take(blocks.reshape(-1, len(order)), order, axis=1).reshape(words.shape)
 
 
 def restore(meta: Array) -> Array:
     """The words that `reorder` reordered."""
-    rows, columns = meta.shape
-    between = 4 // meta.itemsize
-    digits = meta.reshape(columns // 2, -1, 8, between, 2, 2)
-    return digits.transpose(1, 3, 5, 2, 0, 4).reshape(rows, columns)
+    columns = meta.shape[1]
+    order = _order(meta.itemsize)
+    blocks = np.take(meta.reshape(-1, len(order)), np.argsort(order), axis=1)
+    words = blocks.reshape(columns // 2, -1, len(order) // 2, 2).transpose(1, 2, 0, 3)
+    return words.reshape(meta.shape)
+
+
+def _order(itemsize: int) -> Array:
+    """Which word of a block comes first, second, ..."""
+    size = 128 // itemsize
+    return np.arange(size).reshape(-1, 2, 8, 2).transpose(2, 0, 3, 1).reshape(-1)
 
 
 def _extents(shape: Extent, itemsize: int, pad: bool) -> tuple[Extent, Extent]:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from secateur.compile.gpu.semi_structured import (
     Array,
     Extent,
@@ -130,26 +132,30 @@ def from_dense(
 def reorder(nibbles: Array, itemsize: int, tile_k: int) -> Array:
     """Metadata bytes ``[rows, columns / 8]``, of whole atoms, in CUTLASS's order, flat.
 
-    8-bit values: the atoms one after the other, each row by row. 16-bit values: with
-    row = 64 a + 16 b + 8 c + d and byte = tile_k / 8 e + 4 f + 2 g + h, a byte moves to the place
-    with the digits e, a, b, g, d, f, c, h.
+    An atom has 64 rows of tile_k / 8 bytes. Of 8-bit values it is stored row by row. Of 16-bit
+    values, with row = 16 a + 8 b + c and byte = 4 d + 2 e + f, a byte moves to the place with the
+    digits a, e, c, d, b, f.
     """
-    rows, wide = nibbles.shape
-    own = tile_k // 8
-    if itemsize == 1:
-        return nibbles.reshape(rows, wide // own, own).transpose(1, 0, 2).reshape(-1)
-    digits = nibbles.reshape(rows // ATOM_ROWS, 4, 2, 8, wide // own, own // 4, 2, 2)
-    return digits.transpose(4, 0, 1, 6, 3, 5, 2, 7).reshape(-1)
+    order = _order(itemsize, tile_k)
+    wide = tile_k // 8
+    atoms = nibbles.reshape(-1, ATOM_ROWS, nibbles.shape[1] // wide, wide).transpose(2, 0, 1, 3)
+    return np.take(atoms.reshape(-1, len(order)), order, axis=1).reshape(-1)
 
 
 def restore(meta: Array, shape: Extent, itemsize: int, tile_k: int) -> Array:
     """The bytes ``shape`` that `reorder` reordered."""
-    rows, wide = shape
-    own = tile_k // 8
+    order = _order(itemsize, tile_k)
+    wide = tile_k // 8
+    atoms = np.take(meta.reshape(-1, len(order)), np.argsort(order), axis=1)
+    return atoms.reshape(shape[1] // wide, -1, ATOM_ROWS, wide).transpose(1, 2, 0, 3).reshape(shape)
+
+
+def _order(itemsize: int, tile_k: int) -> Array:
+    """Which byte of an atom comes first, second, ..."""
+    size = ATOM_ROWS * tile_k // 8
     if itemsize == 1:
-        return meta.reshape(wide // own, rows, own).transpose(1, 0, 2).reshape(shape)
-    digits = meta.reshape(wide // own, rows // ATOM_ROWS, 4, 2, 8, own // 4, 2, 2)
-    return digits.transpose(1, 2, 6, 4, 0, 5, 3, 7).reshape(shape)
+        return np.arange(size)
+    return np.arange(size).reshape(4, 2, 8, -1, 2, 2).transpose(0, 4, 2, 3, 1, 5).reshape(-1)
 
 
 def _extents(shape: Extent, itemsize: int, tile_k: int, pad: bool) -> tuple[Extent, Extent]:
