@@ -19,7 +19,7 @@ import numpy as np
 from secateur.compile import cpu
 from secateur.compile.config import PackedLayer
 from secateur.compile.stored import Pieces, check_scales, integers_of
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UsageError
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
 
@@ -149,9 +149,16 @@ def expand_pieces(
     Raises:
         ModelError: names the first row with a nibble that the rule does not know; or the columns
             are no multiple of a group.
+        UsageError: the values are not of that type.
     """
     rows, columns = shape
     size = group_size(values.itemsize)
+    carrier = np.dtype({"fp32": "float32", "int8": "int8"}.get(value_type, "uint16"))
+    if carrier.itemsize != values.itemsize:
+        raise UsageError(
+            f"values of {8 * values.itemsize} bits are not {value_type}",
+            f"name a type of {8 * values.itemsize} bits",
+        )
     if columns % size:
         raise ModelError(
             f"{columns} columns are no multiple of {size}, so the weight is not of pattern "
@@ -166,7 +173,6 @@ def expand_pieces(
         kept = kept[:, 0::2] | kept[:, 1::2] << 4
     if columns % 8:
         kept[:, -1] &= (1 << columns % 8) - 1
-    carrier = {"fp32": "float32", "int8": "int8"}.get(value_type, "uint16")
     layer = PackedLayer(
         pattern=Pattern.parse(f"{size // 2}:{size}"),
         shape=shape,

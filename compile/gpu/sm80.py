@@ -43,7 +43,8 @@ class Sm80:
 
     Attributes:
         values: uint8, uint16 or uint32 ``[rows, columns / 2]``: the bits of the stored values,
-            row-major; rows and columns padded to `MULTIPLES`.
+            row-major; rows and columns padded to `MULTIPLES`. They may share memory with what they
+            were made from.
         meta: int16 ``[rows, columns / 16]`` (32-bit values: ``columns / 8``), of 8-bit values int32
             ``[rows, columns / 32]``.
         shape: rows and columns without the padding.
@@ -78,6 +79,7 @@ class Sm80:
         Raises:
             ModelError: the metadata is not that of a 2:4 weight, or the columns are no multiple
                 of four (32-bit: of two).
+            UsageError: the values are not of that type.
         """
         nibbles = restore(self.meta).view(np.uint8)
         return expand_pieces(
@@ -113,6 +115,7 @@ def from_dense(weight: Array, mask: Array | None = None, *, pad: bool = False) -
 
     Raises:
         ModelError: as of `from_pieces`.
+        ValueError: the mask is of another shape.
     """
     bits = carried(weight)
     extents = _extents(bits.shape, bits.itemsize, pad)

@@ -45,7 +45,7 @@ class Sm90:
 
     Attributes:
         values: uint8 or uint16 ``[rows, columns / 2]``: the bits of the stored values, row-major;
-            columns padded to `MULTIPLES`.
+            columns padded to `MULTIPLES`. They may share memory with what they were made from.
         meta: uint8, flat.
         shape: rows and columns without the padding.
         tile_k: columns of an atom.
@@ -81,6 +81,7 @@ class Sm90:
         Raises:
             ModelError: the metadata is not that of a 2:4 weight, or the columns are no multiple
                 of four.
+            UsageError: the values are not of that type.
         """
         return expand_pieces(
             self.values, self._nibbles(), "sm90", self.shape, value_type, scales, group_size
@@ -122,6 +123,7 @@ def from_dense(
 
     Raises:
         ModelError: as of `from_pieces`.
+        ValueError: the mask is of another shape.
     """
     bits = carried(weight)
     extents = _extents(bits.shape, bits.itemsize, tile_k, pad)

@@ -18,7 +18,7 @@ from secateur.compile import cpu
 from secateur.compile.config import PackedLayer
 from secateur.compile.gpu import sm80
 from secateur.compile.stored import Pieces, pieces
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UsageError
 from secateur.pattern import Pattern
 from tests.compile.gpu import mma_sp
 from tests.compile.gpu.group_reference import CARRIERS, compress, draw
@@ -325,6 +325,10 @@ def test_what_has_no_such_layout() -> None:
     nibbles = Pieces(layer, bits, np.zeros(512, np.uint8), None, "int4", 64)
     with pytest.raises(ModelError, match="a linear of int4 values has no 2:4 layout"):
         sm80.from_pieces(nibbles)
+    with pytest.raises(UsageError, match="values of 16 bits are not int8"):
+        sm80.from_dense(np.zeros((32, 64), np.uint16)).to_pieces("int8")
+    with pytest.raises(ValueError, match="bits of another shape"):
+        sm80.from_dense(np.zeros((32, 64), np.uint16), mask[:, :32])
     fp32 = linear("fp32", "2:4", np.ones((32, 64), np.float32), mask)
     with pytest.raises(ModelError, match=r"row 0, group 0 .* keeps 2 of 2 weights"):
         sm80.from_pieces(fp32)
