@@ -73,7 +73,7 @@ class GpuMatrix:
         """The dense weight ``[rows, columns]``, each value times its scale rounded once."""
         from secateur.compile.gpu.triton_product import unpack
 
-        with torch.cuda.device_of(self.blocks.bits):  # Triton starts kernels on the current one
+        with _on_device_of(self.blocks.bits):
             return unpack(self.blocks, self.dtype)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,7 +88,7 @@ class GpuMatrix:
         if end == "triton":
             from secateur.compile.gpu.triton_product import multiply
 
-            with torch.cuda.device_of(x):
+            with _on_device_of(x):
                 return multiply(x, self.blocks, bias)
         if end == "unpack":
             return torch.nn.functional.linear(x, self.dense(), bias)
@@ -115,6 +115,11 @@ class GpuMatrix:
         if bias is None:
             return result.contiguous()
         return torch.add(result, bias, out=x.new_empty(tokens, rows))
+
+
+def _on_device_of(tensor: torch.Tensor) -> torch.cuda.device_of:
+    """Make a tensor's device the current one, on which Triton starts kernels."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
 def _metadata(blocks: Blocks) -> torch.Tensor:

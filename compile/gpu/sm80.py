@@ -6,10 +6,10 @@
     packed.to_dense()
 
 The metadata words of a row hold its nibbles, the lowest columns in the lowest bits: four in an
-int16 of 16- and 32-bit values, eight in an int32 of 8-bit values. Word (r, c) of the ``[rows, c]``
-words lies at the flat place that `places` gives. Source: ``reorder_meta`` in CUTLASS's
-``tools/util/include/cutlass/util/host_reorder.h`` and ``ColumnMajorInterleaved<2>`` in its
-``layout/matrix.h``; torch's ``_semi_structured_conversions.py`` writes the same bytes.
+int16 of 16- and 32-bit values, eight in an int32 of 8-bit values. Their order (`reorder`) is that
+of ``reorder_meta`` in CUTLASS's ``tools/util/include/cutlass/util/host_reorder.h``, stored as
+``ColumnMajorInterleaved<2>`` of its ``layout/matrix.h``; the bytes are those of torch's
+``_semi_structured_conversions.py``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ import numpy as np
 
 from secateur.compile.gpu.semi_structured import (
     Array,
+    Extent,
     carried,
+    check_pieces,
+    check_shape,
     compress,
-    dense_of,
+    compress_pieces,
     expand,
-    pieces_of,
+    expand_pieces,
+    mask_bits,
 )
 from secateur.compile.stored import Pieces
-from secateur.errors import ModelError
 from secateur.recipe import ValueType
 
 # By bytes of a value: what rows and columns must be multiples of.
@@ -40,7 +43,8 @@ class Sm80:
 
     Attributes:
         values: uint8, uint16 or uint32 ``[rows, columns / 2]``: the bits of the stored values,
-            row-major; rows and columns padded to `MULTIPLES`.
+            row-major; rows and columns padded to `MULTIPLES`. They may share memory with what they
+            were made from.
         meta: int16 ``[rows, columns / 16]`` (32-bit values: ``columns / 8``), of 8-bit values int32
             ``[rows, columns / 32]``.
         shape: rows and columns without the padding.
@@ -48,7 +52,7 @@ class Sm80:
 
     values: Array
     meta: Array
-    shape: tuple[int, int]
+    shape: Extent
 
     @property
     def nbytes(self) -> int:
@@ -61,8 +65,7 @@ class Sm80:
         Raises:
             ModelError: the metadata is not that of a 2:4 weight.
         """
-        rows, columns = self.shape
-        return np.ascontiguousarray(expand(self.values, self._nibbles())[:rows, :columns])
+        return expand(self.values, restore(self.meta).view(np.uint8), "sm80", self.shape)
 
     def to_pieces(
         self, value_type: ValueType, scales: Array | None = None, group_size: int | None = None
@@ -74,16 +77,14 @@ class Sm80:
             scales, group_size: of int8, as `Pieces` has them.
 
         Raises:
-            ModelError: the metadata is not that of such a weight, or the columns are no multiple
-                of four.
+            ModelError: the metadata is not that of a 2:4 weight, or the columns are no multiple
+                of four (32-bit: of two).
+            UsageError: the values are not of that type.
         """
-        return pieces_of(self.values, self._nibbles(), self.shape, value_type, scales, group_size)
-
-    def _nibbles(self) -> Array:
-        words = np.empty_like(self.meta)
-        words.reshape(-1)[:] = self.meta.reshape(-1)[places(self.meta.shape, self.meta.itemsize)]
-        pairs = words.view(np.uint8)
-        return np.stack([pairs & 15, pairs >> 4], axis=2).reshape(len(words), -1)
+        nibbles = restore(self.meta).view(np.uint8)
+        return expand_pieces(
+            self.values, nibbles, "sm80", self.shape, value_type, scales, group_size
+        )
 
 
 def from_pieces(pieces: Pieces, *, pad: bool = False) -> Sm80:
@@ -97,52 +98,68 @@ def from_pieces(pieces: Pieces, *, pad: bool = False) -> Sm80:
     Raises:
         ModelError: the shape does not fit, or a group keeps too many (names row and group).
     """
-    return from_dense(*dense_of(pieces), pad=pad)
+    check_pieces(pieces)
+    shape, itemsize = pieces.layer.shape, pieces.values.itemsize
+    values, nibbles = compress_pieces(pieces, "sm80", *_extents(shape, itemsize, pad))
+    return _of(values, nibbles, shape)
 
 
 def from_dense(weight: Array, mask: Array | None = None, *, pad: bool = False) -> Sm80:
     """Bring a dense weight into this layout.
 
     Args:
-        weight: ``[rows, columns]`` of 1, 2 or 4 bytes an element; floats are taken as bits.
-        mask: bool ``[rows, columns]``, True = kept; None keeps what is not zero (-0 is zero).
+        weight: ``[rows, columns]`` of 1, 2 or 4 bytes an element, taken as bits.
+        mask: bool ``[rows, columns]``, True = kept; None keeps what is not zero (of 16- and 32-bit
+            values -0 is zero).
         pad: as of `from_pieces`.
 
     Raises:
         ModelError: as of `from_pieces`.
+        ValueError: the mask is of another shape.
     """
     bits = carried(weight)
-    rows, columns = bits.shape
-    high, wide = MULTIPLES[bits.itemsize]
-    below, right = -rows % high, -columns % wide
-    if (below or right) and not pad:
-        raise ModelError(
-            f"a {rows}x{columns} weight of {8 * bits.itemsize}-bit values does not fit the SM80 "
-            f"layout, which takes multiples of {high} rows and {wide} columns",
-            "pad it (pad=True), or leave this layer dense",
-        )
-    edges = ((0, below), (0, right))
-    padded = None if mask is None else np.pad(mask, edges)
-    values, nibbles = compress(np.pad(bits, edges), padded, "sm80")
-    word = np.dtype(np.int32 if bits.itemsize == 1 else np.int16)
-    words = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(word)
-    meta = np.empty_like(words)
-    meta.reshape(-1)[places(words.shape, word.itemsize)] = words.reshape(-1)
-    return Sm80(values, meta, (rows, columns))
+    extents = _extents(bits.shape, bits.itemsize, pad)
+    values, nibbles = compress(bits, mask_bits(mask), "sm80", *extents)
+    return _of(values, nibbles, bits.shape)
 
 
-def places(shape: tuple[int, ...], itemsize: int) -> Array:
-    """Where each metadata word of ``[rows, columns]``, taken row by row, lies: flat, int64.
+def reorder(words: Array) -> Array:
+    """Metadata words ``[rows, words of a row]`` in CUTLASS's order, of the same shape.
 
-    Args:
-        shape: rows and words of a row.
-        itemsize: bytes of a word, 2 or 4.
+    Two words of 32 rows (words of 4 bytes: of 16 rows) become a block; blocks go down the rows
+    first. With row = 16 b + 8 q + c (b = 0) and word t of the block, a word moves to the place with
+    the digits c, b, t, q.
     """
-    rows, columns = shape
-    group, between = (32, 4) if itemsize == 2 else (16, 2)
-    row, column = np.indices((rows, columns))
-    row = row // group * group + row % 8 * between + row % group // 8
-    swap = (row % 2 == 0).astype(np.int64) * (column % 2) - row % 2 * (column % 2 == 0)
-    row, column = row + swap, column - swap
-    flat: Array = (column // 2 * rows * 2 + row * 2 + column % 2).reshape(-1)
-    return flat
+    columns = words.shape[1]
+    order = _order(words.itemsize)
+    blocks = words.reshape(-1, len(order) // 2, columns // 2, 2).transpose(2, 0, 1, 3)
+    return np.take(blocks.reshape(-1, len(order)), order, axis=1).reshape(words.shape)
+
+
+def restore(meta: Array) -> Array:
+    """The words that `reorder` reordered."""
+    columns = meta.shape[1]
+    order = _order(meta.itemsize)
+    blocks = np.take(meta.reshape(-1, len(order)), np.argsort(order), axis=1)
+    words = blocks.reshape(columns // 2, -1, len(order) // 2, 2).transpose(1, 2, 0, 3)
+    return words.reshape(meta.shape)
+
+
+def _order(itemsize: int) -> Array:
+    """Which word of a block comes first, second, ..."""
+    size = 128 // itemsize
+    return np.arange(size).reshape(-1, 2, 8, 2).transpose(2, 0, 3, 1).reshape(-1)
+
+
+def _extents(shape: Extent, itemsize: int, pad: bool) -> tuple[Extent, Extent]:
+    """Shapes of values and nibbles."""
+    high, wide = MULTIPLES[itemsize]
+    if not pad:
+        check_shape(shape, itemsize, "SM80", high, wide)
+    rows, columns = shape[0] + -shape[0] % high, shape[1] + -shape[1] % wide
+    return (rows, columns // 2), (rows, columns // (4 if itemsize == 4 else 8))
+
+
+def _of(values: Array, nibbles: Array, shape: Extent) -> Sm80:
+    words = nibbles.view(np.int32 if values.itemsize == 1 else np.int16)
+    return Sm80(values, reorder(words), shape)
