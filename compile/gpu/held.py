@@ -19,6 +19,7 @@ from secateur.compile.config import PackedLayer
 from secateur.compile.gpu import crossover, machine, sm80
 from secateur.compile.gpu.blocks import Blocks, make_blocks
 from secateur.compile.gpu.dispatch import BackEnd, Plan, Weight, choose, obstacle, refusal
+from secateur.compile.gpu.semi_structured import RULES
 from secateur.compile.stored import Array, Pieces, pieces
 from secateur.compile.values import DTYPES
 from secateur.pattern import Pattern
@@ -124,13 +125,10 @@ def _on_device_of(tensor: torch.Tensor) -> torch.cuda.device_of:
 
 def _metadata(blocks: Blocks) -> torch.Tensor:
     """Metadata of the SM80 layout for the values of 2:4 blocks, which are in its order."""
-    values = blocks.values.view(torch.int16).cpu().numpy()
-    bits = np.unpackbits(blocks.bits.cpu().numpy(), axis=1, bitorder="little").view(np.bool_)
-    dense = np.zeros(bits.shape, values.dtype)
-    dense[bits] = values.reshape(-1)
-    packed = sm80.from_dense(dense, bits)
-    assert np.array_equal(packed.values.view(values.dtype), values)
-    return torch.from_numpy(packed.meta).to(blocks.values.device)
+    bits = blocks.bits.cpu().numpy()
+    nibbles = RULES["sm80"][bits & 15] | RULES["sm80"][bits >> 4] << 4
+    meta = sm80.reorder(nibbles.view(np.int16))
+    return torch.from_numpy(meta).to(blocks.bits.device)
 
 
 def hold(linear: Pieces, dtype: str, device: torch.device) -> GpuMatrix | str:
