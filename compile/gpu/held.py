@@ -85,6 +85,8 @@ class GpuMatrix:
         self, end: BackEnd, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The same by a back end of the plan."""
+        if not len(x):
+            return x.new_empty(0, self.weight.rows)
         x = x.contiguous()
         if end == "triton":
             from secateur.compile.gpu.triton_product import multiply

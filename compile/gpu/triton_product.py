@@ -45,7 +45,7 @@ def multiply(x: torch.Tensor, weight: Blocks, bias: torch.Tensor | None = None) 
     """``x [tokens, columns] @ W.T + bias``.
 
     Args:
-        x: contiguous, bf16 or fp16; of the weight's type, if that is a float.
+        x: contiguous, one token at least, bf16 or fp16; of the weight's type, if that is a float.
         bias: ``[rows]`` of x's type.
 
     Returns:
@@ -53,8 +53,6 @@ def multiply(x: torch.Tensor, weight: Blocks, bias: torch.Tensor | None = None) 
     """
     tokens = len(x)
     y = x.new_empty(tokens, weight.rows)
-    if not tokens:
-        return y
     tile = tile_tokens(tokens)
     tiles = -(-tokens // tile)
     parts = parts_of(weight.row_blocks, weight.column_blocks, tiles, _processors(x.device))

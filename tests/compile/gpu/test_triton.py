@@ -57,7 +57,7 @@ def test_any_mask_shape_and_number_of_tokens(data: st.DataObject, values: Any) -
     removed = 100 * float((~mask).double().mean())
     pieces, exact = pack(weight, mask, Pattern.parse(f"{removed:.6f}%"), values, 32)
     dtype = HALVES.get(values, torch.bfloat16)
-    x = torch.randn(data.draw(st.integers(0, 70)), columns).to(dtype)
+    x = torch.randn(data.draw(st.integers(1, 70)), columns).to(dtype)
     bias = torch.randn(rows).to(dtype) if data.draw(st.booleans()) else None
     assert_product(multiply(x, make_blocks(pieces), bias), x, exact, bias)
 
