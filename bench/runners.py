@@ -124,7 +124,7 @@ def open_transformers(
         _transformers_runner(model, settings, device, short),
         model_bytes(path),
         sum(tensor.nbytes for tensor in tensors)
-        + sum(use.nbytes for use in uses if use.path == "kernels"),
+        + sum(use.nbytes for use in uses if use.path != "dense"),
         dict(Counter(type(module).__name__ for module in leaves).most_common()),
         tuple(map(str, uses)),
         () if short else (doubt,),

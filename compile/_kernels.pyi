@@ -32,6 +32,14 @@ def pack(
     keep: int,
     rest: bool,
 ) -> Matrix: ...
+def compress_groups(
+    *, rule: Any, width: int, weight: Any, bits: Any | None, values: Any, nibbles: Any
+) -> int:
+    """Write the stored values and nibbles of a weight; the first row that keeps too many, or -1."""
+
+def expand_groups(*, rule: Any, width: int, values: Any, nibbles: Any, weight: Any) -> int:
+    """Write the dense weight; the first row with a nibble that the rule does not know, or -1."""
+
 def multiply_all(
     matrices: Sequence[Matrix],
     x: Any,

@@ -2,8 +2,8 @@
 
 ``AutoModelForCausalLM.from_pretrained(DIR)`` then opens a packed directory: each packed linear is
 a `SparseLinear`, and ``generate``, ``save_pretrained`` (which writes the packed form again) and
-``dequantize`` work as usual. On a CPU it computes on the packed form; `kernel_report` says what
-computes with which kernels, and why. To load as plain dense linears at once::
+``dequantize`` work as usual. It computes on the packed form; `kernel_report` says what computes
+with which kernels, and why. To load as plain dense linears at once::
 
     config = AutoConfig.from_pretrained(DIR)
     config.quantization_config["dequantize"] = True

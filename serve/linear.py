@@ -1,11 +1,13 @@
 """A packed linear as a torch module, and which of them a model computes with which kernels.
 
-On a CPU the weight is brought into the layout that suits it there (`secateur.compile.cpu`), and
-only kept in that and in its stored form: there is no dense copy. Where that cannot be, the module
-computes with a dense copy in torch; `kernel_report` counts both, with the reasons.
+The weight is brought into the layouts that suit it on a CPU (`secateur.compile.cpu`) or a CUDA
+device (`secateur.compile.gpu.held`), and only kept in those and in its stored form: there is no
+dense copy. Where that cannot be, the module computes with a dense copy in torch; `kernel_report`
+counts all of them, with the reasons.
 
     SECATEUR_KERNELS=off        always the dense copy
-    SECATEUR_ACTIVATIONS=fp32   no int8 activations with int8 and int4 values
+    SECATEUR_ACTIVATIONS=fp32   no int8 activations with int8 and int4 values, on a CPU
+    SECATEUR_CROSSOVER=…        see `secateur.compile.gpu.crossover`
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import torch
 
 from secateur.compile import cpu, torch_ops
 from secateur.compile.config import BITMASK, SCALES, VALUES, PackedConfig, PackedLayer
+from secateur.compile.gpu import held as gpu
+from secateur.compile.gpu import ops as gpu_ops
 from secateur.compile.packed import decode, pieces
 from secateur.compile.values import DTYPES, VALUE_TYPES
 from secateur.errors import ModelError, UsageError, did_you_mean
@@ -31,8 +35,8 @@ Activations = Literal["fp32", "int8"]
 class SparseLinear(torch.nn.Module):
     """A linear layer stored as bitmask and kept values.
 
-    Moving, casting, copying or loading the module makes its CPU layout or dense copy anew. Values
-    that were changed in place need a call of `prepare`.
+    Moving, casting, copying or loading the module makes its layout or dense copy anew. Values that
+    were changed in place need a call of `prepare`.
 
     Attributes:
         weight_bitmask: uint8 ``[rows / R, ceil(columns / 8)]``; None if no weight was removed.
@@ -43,7 +47,7 @@ class SparseLinear(torch.nn.Module):
         dtype: of the dense weight, if the values are integers.
         bias: ``[rows]`` or None.
         weight: the dense copy ``[rows, columns]``, not saved; None where the kernels compute.
-        matrix: the CPU layout; None where the dense copy computes.
+        matrix: the weight in a layout; None where the dense copy computes.
         obstacle: why there is a dense copy; None if there is none.
     """
 
@@ -52,7 +56,8 @@ class SparseLinear(torch.nn.Module):
     weight: torch.Tensor | None
     bias: torch.nn.Parameter | None
     obstacle: str | None
-    _held: torch_ops.HeldMatrix | None
+    _held: torch_ops.HeldMatrix | gpu_ops.HeldGpuMatrix | None
+    _on_gpu: bool  # whether _held is there
     _handle: int  # of _held; 0: there is none
     _source: int | None  # where the values lay that _held or weight was made from
 
@@ -91,23 +96,28 @@ class SparseLinear(torch.nn.Module):
         self._forget()
 
     @property
-    def matrix(self) -> cpu.CpuMatrix | None:
+    def matrix(self) -> cpu.CpuMatrix | gpu.GpuMatrix | None:
         """See the class."""
         return None if self._held is None else self._held.matrix
 
     def prepare(self) -> None:
-        """Check the loaded tensors and make the CPU layout, or else the dense copy.
+        """Check the loaded tensors and make the layout, or else the dense copy.
 
         Raises:
             ModelError: names the tensor that contradicts the model's config.
-            UsageError: ``SECATEUR_KERNELS`` or ``SECATEUR_ACTIVATIONS`` cannot be obeyed.
+            UsageError: ``SECATEUR_KERNELS``, ``SECATEUR_ACTIVATIONS`` or ``SECATEUR_CROSSOVER``
+                cannot be obeyed.
         """
         self._forget()
         self.obstacle = self._find_obstacle()
         if self.obstacle is None:
-            self._held = torch_ops.HeldMatrix(self._pack())
-            self._handle = self._held.handle
-        else:
+            held = self._hold()
+            if isinstance(held, str):
+                self.obstacle = held
+            else:
+                self._held, self._handle = held, held.handle
+                self._on_gpu = isinstance(held, gpu_ops.HeldGpuMatrix)
+        if self.obstacle is not None:
             self.weight = self.dense()
         self._source = self.weight_values.data_ptr()
 
@@ -140,7 +150,8 @@ class SparseLinear(torch.nn.Module):
             if x.requires_grad and torch.is_grad_enabled():
                 product: torch.Tensor = _Product.apply(x, self._held, self.bias)  # type: ignore[no-untyped-call]
                 return product
-            result: torch.Tensor = torch_ops.linear(x, self._handle, self._parameters["bias"])
+            linear = gpu_ops.linear if self._on_gpu else torch_ops.linear
+            result: torch.Tensor = linear(x, self._handle, self._parameters["bias"])
             return result
         if self.weight is None:
             raise ModelError(
@@ -155,6 +166,24 @@ class SparseLinear(torch.nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, pattern={self.layer.pattern}"
         )
+
+    def _hold(self) -> torch_ops.HeldMatrix | gpu_ops.HeldGpuMatrix | str:
+        """The stored tensors in a layout of the device that they are on, or why there is none."""
+        device = self.weight_values.device
+        if device.type != gpu.DEVICE:
+            return torch_ops.HeldMatrix(self._pack())
+        bits, scales = (
+            None if tensor is None else tensor.cpu()
+            for tensor in (self.weight_bitmask, self.weight_scales)
+        )
+        values = self.weight_values.detach().cpu()
+        parts = pieces(self.name, self.layer, bits, values, scales, self.group_size)
+        dtype = self.dtype if self.value_type else values.dtype
+        matrix = gpu.hold(parts, VALUE_TYPES.get(dtype, str(dtype)), device)
+        if isinstance(matrix, str):
+            return matrix
+        matrix.share(self.weight_values.detach(), self.weight_bitmask)
+        return gpu_ops.HeldGpuMatrix(matrix)
 
     def _pack(self) -> cpu.CpuMatrix:
         """The stored tensors in a layout of this CPU."""
@@ -182,25 +211,26 @@ class SparseLinear(torch.nn.Module):
         """Why the kernels cannot compute this layer."""
         if _setting("SECATEUR_KERNELS", ("on", "off")) == "off":
             return "SECATEUR_KERNELS=off"
-        if self.weight_values.device.type != "cpu":
-            return f"there are no kernels for {self.weight_values.device.type} yet"
+        device = self.weight_values.device.type
+        if device not in ("cpu", gpu.DEVICE):
+            return f"there are no kernels for {device}"
         dtype = self.weight_values.dtype if self.value_type is None else self.dtype
         if dtype not in VALUE_TYPES:
             return f"there are no kernels for {str(dtype).removeprefix('torch.')}"
-        if not torch_ops.BUILT:
+        if device != gpu.DEVICE and not torch_ops.BUILT:
             return "the native module is not built"
         return None
 
     def _forget(self) -> None:
         """Have neither layout nor dense copy."""
         self._held = self._source = self.weight = None
-        self._handle = 0
+        self._handle, self._on_gpu = 0, False
         self.obstacle = "it was not prepared"
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
         """Move or cast; the scales are moved only."""
         scales, values, source = self.weight_scales, self.weight_values, self._source
-        before = values.dtype, values.device
+        before, dtype = (values.dtype, values.device), self.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         applied = self.weight_scales
         if scales is not None and applied is not None and applied.dtype != scales.dtype:
@@ -209,7 +239,7 @@ class SparseLinear(torch.nn.Module):
         if self.value_type is None:
             self.dtype = values.dtype
         else:
-            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before[1])).dtype
+            self.dtype = fn(torch.empty(0, dtype=dtype, device=before[1])).dtype
         if source is None:
             return self
         obstacle = self._find_obstacle()
@@ -217,9 +247,10 @@ class SparseLinear(torch.nn.Module):
             self._forget()
         elif self.weight is not None and obstacle is not None:  # the copy was moved and cast, too
             self.obstacle, self._source = obstacle, values.data_ptr()
-        elif self.obstacle != obstacle or (values.data_ptr(), values.dtype, values.device) != (
-            source,
-            *before,
+        elif (
+            self.obstacle != obstacle
+            or (values.data_ptr(), values.dtype, values.device) != (source, *before)
+            or (self._on_gpu and self.dtype != dtype)  # of which its plan is
         ):
             self.prepare()
         return self
@@ -250,21 +281,23 @@ class SparseLinear(torch.nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """`torch_ops.linear` with the gradient of its inputs; the weight has none."""
+    """The product with the gradient of its inputs; the weight has none."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, held: torch_ops.HeldMatrix, bias: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        held: torch_ops.HeldMatrix | gpu_ops.HeldGpuMatrix,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """The product."""
         ctx.held = held
-        result: torch.Tensor = torch_ops.linear(x.detach(), held.handle, bias)
-        return result
+        return held.linear(x.detach(), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """As if the activations had not been rounded, if they are int8."""
-        weight = torch.from_numpy(ctx.held.matrix.decode())
+        weight = ctx.held.dense().float()
         return (gradient.float() @ weight).to(gradient.dtype), None, None
 
 
@@ -291,16 +324,17 @@ class KernelUse:
 
     Attributes:
         linears: how many.
-        path: "kernels": on the packed form; "dense": in torch, on a dense copy.
-        layout: of `CpuMatrix`; "dense" of a dense copy.
+        path: "kernels": on a CPU, on the packed form; "gpu": likewise on a GPU; "dense": in torch,
+            on a dense copy.
+        layout: of `CpuMatrix`; of a GPU the pattern, the values and the shape; "dense" of a copy.
         values: the value type that is multiplied with.
         activations: fp32 or int8 (with few tokens); of a dense copy its type.
         nbytes: bytes of all layouts or copies together; the stored form comes on top.
-        why: why the copy or the layout is dense, or None.
+        why: why the copy or the layout is dense, or None; of a GPU the plan.
     """
 
     linears: int
-    path: Literal["kernels", "dense"]
+    path: Literal["kernels", "gpu", "dense"]
     layout: str
     values: str
     activations: str
@@ -312,6 +346,8 @@ class KernelUse:
         megabytes = f"{self.nbytes / 1e6:.1f} MB"
         if self.path == "dense":
             return f"{linears}: dense copy in torch, {self.values}, {megabytes}: {self.why}"
+        if self.path == "gpu":
+            return f"{linears}: {self.layout}, {megabytes}: {self.why}"
         activations = " x int8 activations" if self.activations == "int8" else ""
         called = f"; called from Python: {torch_ops.OBSTACLE}" if torch_ops.OBSTACLE else ""
         return (
@@ -329,7 +365,11 @@ def kernel_report(model: torch.nn.Module) -> list[KernelUse]:
         if not isinstance(module, SparseLinear):
             continue
         key: tuple[Any, ...]
-        if (matrix := module.matrix) is not None:
+        if isinstance(matrix := module.matrix, gpu.GpuMatrix):
+            weight = matrix.weight
+            key = ("gpu", str(weight), weight.values, weight.dtype, str(matrix.plan))
+            size = matrix.nbytes
+        elif matrix is not None:
             key = ("kernels", matrix.layout, matrix.value_type, matrix.activations, matrix.why)
             size = matrix.nbytes
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command does, before torch is loaded
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is; `make test-gpu` says 0
 
 import pytest
 import torch
@@ -17,6 +18,27 @@ import torch
 # A shell's background jobs are started with SIGINT ignored, and so would be all that we start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_gpu_tests_not_run = 0
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    global _gpu_tests_not_run
+    _gpu_tests_not_run += sum(item.get_closest_marker("gpu") is not None for item in items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    chosen = [item for item in session.items if item.get_closest_marker("gpu")]
+    if chosen and not session.config.option.collectonly and not torch.cuda.is_available():
+        pytest.exit(f"no CUDA device here, which {len(chosen)} tests marked gpu need", returncode=4)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _gpu_tests_not_run:
+        terminalreporter.write_line(
+            f"gpu: {_gpu_tests_not_run} tests not run; `make test-gpu` does, with a CUDA device"
+        )
+
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_MODEL = ROOT / "out" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,6 +1,7 @@
 // The kernels of the instruction set that this file is compiled for; it is compiled once for each.
 #include "large.h"
 #include "large_ints.h"
+#include "semi_structured_rows.h"
 #include "small.h"
 
 #define JOIN(a, b) a##b
@@ -10,6 +11,6 @@
 
 const Kernels &KERNELS_OF(ISA)() {
     using namespace isa::ISA;
-    static constexpr Kernels kernels{NAME_OF(ISA), small, quantize, expand, slots, tile, half_tile, list, skip, expand_ints, tile_ints, checksum};
+    static constexpr Kernels kernels{NAME_OF(ISA), small, quantize, expand, slots, tile, half_tile, list, skip, expand_ints, tile_ints, compress_row, expand_row, checksum};
     return kernels;
 }

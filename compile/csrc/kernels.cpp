@@ -18,6 +18,7 @@
 #include "pool.h"
 #include "product.h"
 #include "registry.h"
+#include "semi_structured.h"
 
 namespace nb = nanobind;
 
@@ -157,6 +158,37 @@ nb::object decode(const Matrix &matrix) {
         out, {std::size_t(m.rows), std::size_t(m.columns)}, owner));
 }
 
+using Rows = Array<const std::uint8_t, 2>;
+using NewRows = Array<std::uint8_t, 2>;
+
+// The shape of a weight [rows, columns * width] whose values and nibbles are arrays of enough bytes.
+template <typename Weight, typename Parts>
+Grouped grouped(const Bytes &rule, int width, const Weight &weight, const Parts &values, const Parts &nibbles) {
+    if (rule.size() != 16 || (width != 1 && width != 2 && width != 4) || weight.shape(1) % std::size_t(width))
+        throw std::invalid_argument("no such rule or width");
+    const Grouped g{rule.data(), width, Index(weight.shape(0)), Index(weight.shape(1)) / width,
+                    Index(values.shape(1)), Index(nibbles.shape(1))};
+    if (Index(values.shape(0)) < g.rows || Index(nibbles.shape(0)) < g.rows ||
+        g.value_bytes < least_value_bytes(g) || g.nibble_bytes < least_nibble_bytes(g))
+        throw std::invalid_argument("too few values or nibbles for the weight");
+    return g;
+}
+
+Index compress_weight(const Bytes &rule, int width, const Rows &weight, const std::optional<Rows> &bits,
+                      const NewRows &values, const NewRows &nibbles) {
+    const Grouped g = grouped(rule, width, weight, values, nibbles);
+    if (bits && (Index(bits->shape(0)) != g.rows || Index(bits->shape(1)) != (g.columns + 7) / 8))
+        throw std::invalid_argument("bits of another shape than the weight's");
+    const nb::gil_scoped_release release;
+    return compress_groups(g, weight.data(), bits ? bits->data() : nullptr, values.data(), nibbles.data());
+}
+
+Index expand_weight(const Bytes &rule, int width, const Rows &values, const Rows &nibbles, const NewRows &weight) {
+    const Grouped g = grouped(rule, width, weight, values, nibbles);
+    const nb::gil_scoped_release release;
+    return expand_groups(g, values.data(), nibbles.data(), weight.data());
+}
+
 // GB/s of reading a buffer from all threads, once per round.
 std::vector<double> read_bandwidth(Index bytes, int rounds) {
     if (bytes < 4096 || rounds < 1) throw std::invalid_argument("read at least 4096 bytes, once");
@@ -218,6 +250,12 @@ NB_MODULE(_kernels, m) {
         return std::make_pair(std::const_pointer_cast<Matrix>(found.matrix), found.act8);
     }, nb::arg("handle"), "The matrix of a number, and whether its activations are int8.");
     m.def("table", [] { return std::uintptr_t(&kernel_table()); }, "Address of the table in table.h.");
+    m.def("compress_groups", &compress_weight, nb::arg("rule"), nb::arg("width"), nb::arg("weight").noconvert(),
+          nb::arg("bits").none().noconvert(), nb::arg("values").noconvert(), nb::arg("nibbles").noconvert(),
+          "Write the stored values and nibbles of a weight; the first row that keeps too many, or -1.");
+    m.def("expand_groups", &expand_weight, nb::arg("rule"), nb::arg("width"), nb::arg("values").noconvert(),
+          nb::arg("nibbles").noconvert(), nb::arg("weight").noconvert(),
+          "Write the dense weight; the first row with a nibble that the rule does not know, or -1.");
     bind_decoder(m);
     bind_sampler(m);
     m.def("read_bandwidth", &read_bandwidth, nb::arg("nbytes"), nb::arg("rounds"));

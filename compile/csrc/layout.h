@@ -101,6 +101,9 @@ constexpr int kTile = 6;     // tokens of a tile of a large product
 constexpr int kTileRows = 16;
 
 // The kernels of one instruction set. `scratch`: 16 * padded + 4096 bytes.
+struct Squeeze;
+struct Spread;
+
 struct Kernels {
     const char *name;
     // y[t * stride + row] = W x_t, for the rows of panels [first, last) and `tokens` <= kTokens.
@@ -141,6 +144,13 @@ struct Kernels {
     // weights are too large by 8.
     void (*tile_ints)(const View &, const std::uint8_t *w, const float *scales,
                       const std::uint8_t *x, const float *factors, Index groups, int tokens, float *y);
+    // A row of a weight of `width` bytes a value to stored values and nibbles, see semi_structured.h;
+    // bits: the kept columns, or null. False: a group keeps too many.
+    bool (*compress_row)(const Squeeze &, int width, const std::uint8_t *row, const std::uint8_t *bits,
+                            Index columns, std::uint8_t *values, std::uint8_t *nibbles);
+    // And back. False: a nibble is none.
+    bool (*expand_row)(const Spread &, int width, const std::uint8_t *values,
+                          const std::uint8_t *nibbles, Index columns, std::uint8_t *row);
     // The sum of words, read as fast as memory gives them.
     std::uint64_t (*checksum)(const std::uint64_t *words, Index count);
 };

@@ -83,6 +83,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Tiny models by name, as (pruned, packed) directories."""
+    from tests.serve.hf_models import make_models
+
+    return make_models(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="session")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that takes tens of seconds to fill its context."""
     return make_llama(tmp_path_factory.mktemp("models") / "slow-llama", hidden=1024, layers=6)

@@ -159,6 +159,7 @@ def _diagnosis() -> dict[str, str]:
     except ImportError as fault:
         kernels = f"no native module ({fault}): install again with a C++17 compiler present"
     from secateur.compile import torch_ops
+    from secateur.compile.gpu import machine
 
     called = "C++"
     if torch_ops.OBSTACLE is not None:
@@ -181,6 +182,7 @@ def _diagnosis() -> dict[str, str]:
         "torch op": called,
         "pruning": pruner,
         "gpu": gpu,
+        **machine.diagnosis(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "datasets": installed("datasets", "data sets from the hub need `secateur[data]`"),

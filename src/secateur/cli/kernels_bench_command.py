@@ -18,6 +18,7 @@ from secateur.errors import UsageError
 from secateur.progress import progress
 
 if TYPE_CHECKING:
+    from secateur.bench.gpu_kernels import GpuGroup, GpuKernelsResult
     from secateur.bench.kernel_results import KernelGroup, KernelRow, KernelsResult
     from secateur.bench.results import Estimate
 
@@ -65,6 +66,9 @@ def kernels(
     ] = None,
     roof_mib: Annotated[int, Option(help="MiB of the buffer whose reading is the roof.")] = 512,
     seed: Annotated[int, Option(help="Decides weights, masks and the order in rounds.")] = 0,
+    device: Annotated[
+        str, Option(help="cpu, or cuda: cuBLAS, cuSPARSELt, CUTLASS and Triton on a GPU.")
+    ] = "cpu",
     spin: Annotated[
         bool, Option("--spin", help="Let ONNX Runtime's threads spin while a graph runs.")
     ] = False,
@@ -75,13 +79,13 @@ def kernels(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Time our CPU kernels against our dense one, torch and ONNX Runtime, taking turns."""
+    """Time our kernels against dense ones, torch and ONNX Runtime, taking turns."""
     from secateur.bench.kernel_results import KernelSettings, parse_shapes
-    from secateur.bench.kernels import measure_kernels
-    from secateur.compile import cpu
+    from secateur.device import choose_device
     from secateur.recipe import validate
     from secateur.sizes import parse_size
 
+    chosen = choose_device(device)
     settings = validate(
         KernelSettings,
         {
@@ -104,10 +108,21 @@ def kernels(
     )
     _check_output(output)
     _check_output(markdown_file)
+    line = shlex.join(["secateur", *sys.argv[1:]])
+    result: KernelsResult | GpuKernelsResult
     with progress("groups", quiet) as tick:
-        result = measure_kernels(
-            cpu, settings, command=shlex.join(["secateur", *sys.argv[1:]]), progress=tick
-        )
+        if chosen.type == "cuda":
+            from secateur.bench.gpu_kernels import Device, measure_gpu_kernels
+            from secateur.compile.gpu.held import hold_each
+
+            result = measure_gpu_kernels(
+                hold_each, settings, Device.cuda(chosen), command=line, progress=tick
+            )
+        else:
+            from secateur.bench.kernels import measure_kernels
+            from secateur.compile import cpu
+
+            result = measure_kernels(cpu, settings, command=line, progress=tick)
     _deliver(result.to_json(), output, json)
     if not json:
         show_kernels(result)
@@ -143,7 +158,7 @@ TITLES = (
 )
 
 
-def references(group: KernelGroup) -> list[str]:
+def references(group: KernelGroup | GpuGroup) -> list[str]:
     """What the kernels of a group are compared with, in the order of its columns."""
     named = dict.fromkeys(name for row in group.kernels for name in row.speedup)
     return [row.name for row in group.kernels if row.name in named]
@@ -177,7 +192,7 @@ def _times(estimate: Estimate | None) -> str:
     return f"{estimate.value:.2f}{error}"
 
 
-def show_kernels(result: KernelsResult) -> None:
+def show_kernels(result: KernelsResult | GpuKernelsResult) -> None:
     """Print the facts needed to read the numbers, and a table for each group."""
     from rich.table import Table
 
@@ -196,10 +211,39 @@ def show_kernels(result: KernelsResult) -> None:
         console.print(table)
 
 
-def describe(result: KernelsResult) -> list[str]:
+def describe(result: KernelsResult | GpuKernelsResult) -> list[str]:
     """The facts needed to read the numbers and to repeat them, a line each."""
+    from secateur.bench.gpu_kernels import GpuKernelsResult
+
+    own = _describe_gpu(result) if isinstance(result, GpuKernelsResult) else _describe_cpu(result)
+    return [
+        *own,
+        *([f"command: {result.command}"] if result.command else []),
+        *(f"note: {note}" for note in result.notes),
+        *_remarks("note", "is stored dense: ", result, lambda row: row.why),
+        *_remarks("absent", "", result, lambda row: row.absent),
+    ]
+
+
+def _versions(result: KernelsResult | GpuKernelsResult) -> str:
+    return ", ".join(f"{name} {found}" for name, found in result.environment.versions.items())
+
+
+def _describe_gpu(result: GpuKernelsResult) -> list[str]:
     machine, settings = result.environment, result.settings
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    return [
+        f"machine: {machine.device}, {machine.cpu}; {_versions(result)}; {machine.date}",
+        f"weights: copies of each fill twice the {result.cache_bytes / _MIB:.0f} MiB of the GPU's "
+        f"cache and are taken in turn; seed {settings.seed}; inputs {result.dtype}",
+        f"rounds: {settings.rounds} in random order, at least {settings.min_ms:g} ms of each "
+        "kernel, as a CUDA graph; µs and what follows from it are medians; x dense is how many "
+        "times as fast as cuBLAS on the dense weight, paired by round, ± one standard error",
+    ]
+
+
+def _describe_cpu(result: KernelsResult) -> list[str]:
+    machine, settings = result.environment, result.settings
+    versions = _versions(result)
     cache = result.last_level_cache_bytes
     assert settings.cache_bytes is not None
     waiting = "spin while a graph runs" if settings.spin else "do not spin (allow_spinning 0)"
@@ -219,15 +263,14 @@ def describe(result: KernelsResult) -> list[str]:
         "NAME, paired by round, ± one standard error; GFLOP/s as if nothing had been removed",
         "threads: ours, torch.set_num_threads and ONNX Runtime's intra_op_num_threads are equal; "
         f"ONNX Runtime's {waiting}",
-        *([f"command: {result.command}"] if result.command else []),
-        *(f"note: {note}" for note in result.notes),
-        *_remarks("note", "is stored dense: ", result, lambda row: row.why),
-        *_remarks("absent", "", result, lambda row: row.absent),
     ]
 
 
 def _remarks(
-    kind: str, link: str, result: KernelsResult, why: Callable[[KernelRow], str | None]
+    kind: str,
+    link: str,
+    result: KernelsResult | GpuKernelsResult,
+    why: Callable[[KernelRow], str | None],
 ) -> list[str]:
     """A line for each remark on a kernel and shape, with the value types that it holds for."""
     types: dict[tuple[str, str, str], dict[str, None]] = {}
@@ -246,9 +289,10 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def markdown(result: KernelsResult) -> str:
+def markdown(result: KernelsResult | GpuKernelsResult) -> str:
     """The result as Markdown: the facts, then a table for each group."""
-    lines = ["# CPU kernels compared", "", *(f"- {line}" for line in describe(result)), ""]
+    kernels = "GPU" if result.environment.device != "cpu" else "CPU"
+    lines = [f"# {kernels} kernels compared", "", *(f"- {line}" for line in describe(result)), ""]
     for group in result.groups:
         compared = references(group)
         titles = ("kernel", *TITLES, *(f"x {name}" for name in compared))

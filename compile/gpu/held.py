@@ -1,0 +1,203 @@
+"""A packed linear on a GPU: the parts that its plan's back ends read, and the product.
+
+    matrix = hold(pieces, "bf16", torch.device("cuda"))
+    y = matrix.multiply(x, bias)      # x [tokens, columns], y [tokens, rows]
+    print(matrix.plan)
+
+Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from secateur.compile.config import PackedLayer
+from secateur.compile.gpu import crossover, machine, sm80
+from secateur.compile.gpu.blocks import Blocks, make_blocks
+from secateur.compile.gpu.dispatch import BackEnd, Plan, Weight, choose, obstacle, refusal
+from secateur.compile.gpu.semi_structured import RULES
+from secateur.compile.stored import Array, Pieces, pieces
+from secateur.compile.values import DTYPES
+from secateur.pattern import Pattern
+from secateur.recipe import ValueType
+
+_TOKENS = 8  # that the sparse tensor cores take a multiple of, in 16 bits
+DEVICE = "cuda"
+"""The type of the devices that this is for. Tests put "cpu" here, with interpreted kernels."""
+
+
+class GpuMatrix:
+    """A packed linear in the layouts of its plan.
+
+    Attributes:
+        weight: what it is.
+        plan: which back end computes with how many tokens.
+    """
+
+    def __init__(self, weight: Weight, plan: Plan, blocks: Blocks) -> None:
+        self.weight, self.plan = weight, plan
+        self.blocks = blocks
+        self.dtype = DTYPES[weight.dtype]  # type: ignore[index]
+        self._shared = 0  # bytes
+        self._meta: torch.Tensor | None = None
+        self._compressed: torch.Tensor | None = None
+        if plan.large == "cutlass":
+            self._meta = _metadata(blocks)
+        elif plan.large == "cusparselt":
+            self._compressed = torch._cslt_compress(self.dense())
+
+    def share(self, values: torch.Tensor, bitmask: torch.Tensor | None) -> None:
+        """Read the stored tensors instead of copies of them, where they lie like blocks.
+
+        Args:
+            values, bitmask: what the matrix was made from, on its device.
+        """
+        mine = self.blocks
+        if bitmask is None or not mine.two_four or mine.value_bits < 16:
+            return
+        if (values.shape, bitmask.shape) == (mine.values.shape, mine.bits.shape):
+            self.blocks = replace(mine, values=values, bits=bitmask)
+            self._shared = values.nbytes + bitmask.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, of all layouts together, beside what is shared."""
+        parts = (self._meta, self._compressed)
+        own = self.blocks.nbytes - self._shared
+        return own + sum(part.nbytes for part in parts if part is not None)
+
+    def dense(self) -> torch.Tensor:
+        """The dense weight ``[rows, columns]``, each value times its scale rounded once."""
+        from secateur.compile.gpu.triton_product import unpack
+
+        with _on_device_of(self.blocks.bits):
+            return unpack(self.blocks, self.dtype)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [tokens, columns] @ W.T + bias``, by the back end that the plan names."""
+        return self.multiply_with(self.plan.at(len(x)), x, bias)
+
+    def multiply_with(
+        self, end: BackEnd, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same by a back end of the plan."""
+        if not len(x):
+            return x.new_empty(0, self.weight.rows)
+        x = x.contiguous()
+        if end == "triton":
+            from secateur.compile.gpu.triton_product import multiply
+
+            with _on_device_of(x):
+                return multiply(x, self.blocks, bias)
+        if end == "unpack":
+            return torch.nn.functional.linear(x, self.dense(), bias)
+        return self._semi_structured(end, x, bias)
+
+    def _semi_structured(
+        self, end: BackEnd, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """By the sparse tensor cores: W is the left operand, its result the transposed one."""
+        tokens, rows = len(x), self.weight.rows
+        if end == "cusparselt":
+            assert self._compressed is not None
+            given = pad(x, (0, 0, 0, -tokens % _TOKENS)).t()
+            result = torch._cslt_sparse_mm(
+                self._compressed, given, bias=bias, transpose_result=True
+            )
+            return result[:tokens].contiguous()
+        assert self._meta is not None
+        values = self.blocks.values
+        wide = 2 * values.shape[1] - self.weight.columns
+        given = pad(x, (0, wide, 0, -tokens % _TOKENS)).t()
+        result = torch._sparse_semi_structured_mm(values, self._meta, given)
+        result = result.t()[:tokens, :rows]
+        if bias is None:
+            return result.contiguous()
+        return torch.add(result, bias, out=x.new_empty(tokens, rows))
+
+
+def _on_device_of(tensor: torch.Tensor) -> torch.cuda.device_of:
+    """Make a tensor's device the current one, on which Triton starts kernels."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+
+
+def _metadata(blocks: Blocks) -> torch.Tensor:
+    """Metadata of the SM80 layout for the values of 2:4 blocks, which are in its order."""
+    bits = blocks.bits.cpu().numpy()
+    nibbles = RULES["sm80"][bits & 15] | RULES["sm80"][bits >> 4] << 4
+    meta = sm80.reorder(nibbles.view(np.int16))
+    return torch.from_numpy(meta).to(blocks.bits.device)
+
+
+def hold(linear: Pieces, dtype: str, device: torch.device) -> GpuMatrix | str:
+    """Bring a packed linear onto a GPU, and settle which kernel computes it when.
+
+    Args:
+        dtype: of its inputs: bf16, fp16 or another name.
+
+    Returns:
+        The matrix, or why a dense copy should compute.
+
+    Raises:
+        UsageError: SECATEUR_CROSSOVER is not understood.
+    """
+    weight, there, wish = weight_of(linear, dtype), machine.read(device), crossover.wish()
+    plan = choose(weight, there, wish if isinstance(wish, int) else None)
+    if plan.large == "dense":
+        assert plan.why is not None
+        return plan.why
+    matrix = GpuMatrix(weight, plan, make_blocks(linear).to(device))
+    if wish == "measure" and device.type == "cuda":
+        up_to = crossover.measured(matrix, device)
+        if up_to is None:
+            return "a dense copy was faster with 1 token when both were measured"
+        matrix.plan = choose(weight, there, up_to, "measured")
+    return matrix
+
+
+def hold_each(
+    values: Array,
+    bitmask: Array,
+    shape: tuple[int, int],
+    pattern: Pattern,
+    value_type: ValueType,
+    *,
+    scales: Array | None,
+    group_size: int | None,
+    device: torch.device,
+) -> dict[BackEnd, GpuMatrix | str]:
+    """A weight for each back end alone, or why that one cannot compute it: for comparing them.
+
+    Args:
+        values, bitmask, scales, group_size: as of `Pieces`; inputs are fp16 with fp16 values, else
+            bf16.
+    """
+    kept = int(np.bitwise_count(bitmask).sum(dtype=np.int64)) * pattern.rows
+    per_row = shape[1] * pattern.n // pattern.m if pattern.is_nm else None
+    layer = PackedLayer(pattern=pattern, shape=shape, kept=kept, per_row=per_row)
+    values = values if per_row is None or value_type == "int4" else values.reshape(-1, per_row)
+    linear = pieces("weight", layer, bitmask, values, scales, value_type, group_size)
+    there = machine.read(device)
+    weight = weight_of(linear, "fp16" if value_type == "fp16" else "bf16")
+    ends: tuple[BackEnd, ...] = ("triton", "unpack", "cutlass", "cusparselt")
+    if (why := obstacle(weight, there)) is not None:
+        return dict.fromkeys(ends, why)
+    blocks = make_blocks(linear).to(device)
+    found: dict[BackEnd, GpuMatrix | str] = {}
+    for end in ends:
+        semi_structured = end in ("cutlass", "cusparselt")
+        why = refusal(end, weight, there) if semi_structured else None
+        found[end] = why or GpuMatrix(weight, Plan(end, end), blocks)
+    return found
+
+
+def weight_of(linear: Pieces, dtype: str) -> Weight:
+    """What the rule wants to know of a packed linear."""
+    layer = linear.layer
+    rows, columns = layer.shape
+    kept = layer.kept / (rows * columns)
+    return Weight(rows, columns, layer.pattern, kept, linear.value_type, dtype)

@@ -1,0 +1,117 @@
+"""The Triton kernels, in triton's interpreter, against products in fp64 with the exact weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur.compile.gpu import triton_product
+from secateur.compile.gpu.blocks import make_blocks
+from secateur.compile.gpu.triton_product import multiply, parts_of, tile_tokens, unpack
+from secateur.pattern import Pattern
+from tests.compile.gpu.linears import HALVES, assert_product, draw, pack
+
+PATTERNS = ["2:4", "4:8", "50%", "50%@8x1", "90%"]
+
+
+def test_the_kernels_are_interpreted() -> None:
+    assert triton_product.INTERPRETED
+
+
+@pytest.mark.parametrize("values", ["bf16", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_products_and_unpacked_weights(pattern: str, values: str) -> None:
+    pieces, weight = draw(pattern, values, 40, 168, 64)
+    blocks = make_blocks(pieces)
+    for name, dtype in HALVES.items():
+        if values in HALVES and values != name:
+            continue
+        x = torch.randn(3, 168).to(dtype)
+        assert_product(multiply(x, blocks), x, weight)
+    # The interpreter rounds to fp16 as a GPU does, and to bf16 towards zero.
+    dtype = torch.bfloat16 if values == "bf16" else torch.float16
+    assert torch.equal(unpack(blocks, dtype), weight.to(dtype))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), values=st.sampled_from(["bf16", "fp16", "int8", "int4"]))
+def test_any_mask_shape_and_number_of_tokens(data: st.DataObject, values: Any) -> None:
+    """Ragged edges, empty and full rows and blocks, rows of zeros."""
+    rows, columns = data.draw(st.integers(1, 80)), data.draw(st.integers(2, 300))
+    torch.manual_seed(data.draw(st.integers(0, 999)))
+    share = data.draw(st.sampled_from([0.02, 0.3, 0.5, 0.9]))
+    mask = torch.rand(rows, columns) < share
+    emptied = data.draw(st.sampled_from(["rows", "columns", "nothing"]))
+    if emptied == "rows":
+        mask[torch.rand(rows) < 0.4] = False
+        mask[torch.rand(rows) < 0.2] = True
+    elif emptied == "columns":
+        mask[:, : columns // 2] = False
+    mask[0, 0], mask[-1, -1] = True, False
+    weight = torch.randn(rows, columns)
+    weight[torch.rand(rows) < 0.2] = 0
+    removed = 100 * float((~mask).double().mean())
+    pieces, exact = pack(weight, mask, Pattern.parse(f"{removed:.6f}%"), values, 32)
+    dtype = HALVES.get(values, torch.bfloat16)
+    x = torch.randn(data.draw(st.integers(1, 70)), columns).to(dtype)
+    bias = torch.randn(rows).to(dtype) if data.draw(st.booleans()) else None
+    assert_product(multiply(x, make_blocks(pieces), bias), x, exact, bias)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.integers(1, 80),
+    groups=st.integers(1, 80),
+    tokens=st.integers(1, 20),
+    values=st.sampled_from(["bf16", "fp16", "int8", "int4"]),
+)
+def test_two_four_of_any_shape(rows: int, groups: int, tokens: int, values: str) -> None:
+    pieces, weight = draw("2:4", values, rows, 4 * groups)
+    x = torch.randn(tokens, 4 * groups).to(HALVES.get(values, torch.float16))
+    assert_product(multiply(x, make_blocks(pieces)), x, weight)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_every_group_of_two_four(pattern: str) -> None:
+    """All six masks of a group, in all places of a byte, with inputs that tell columns apart."""
+    masks = [m for m in range(16) if m.bit_count() == 2]
+    rows = [[a, b] for a in masks for b in masks]
+    mask = torch.tensor([[[m >> i & 1 for i in range(4)] for m in row] for row in rows]).bool()
+    weight = torch.arange(1, 36 * 8 + 1).reshape(36, 8).float() % 61
+    pieces, exact = pack(weight, mask.reshape(36, 8), Pattern.parse(pattern), "fp16")
+    assert torch.equal(multiply(torch.eye(8).half(), make_blocks(pieces)), exact.T.half())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_programs_that_share_a_row(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    monkeypatch.setattr(triton_product, "parts_of", lambda *_: parts)
+    pieces, weight = draw("2:4", "int8", 40, 160)
+    x, bias = torch.randn(3, 160).half(), torch.randn(40).half()
+    assert_product(multiply(x, make_blocks(pieces), bias), x, weight, bias)
+    assert_product(multiply(x, make_blocks(pieces)), x, weight)
+
+
+@given(
+    row_blocks=st.integers(1, 500),
+    column_blocks=st.integers(1, 500),
+    tiles=st.integers(1, 64),
+    processors=st.integers(1, 150),
+)
+def test_parts_cover_a_row_without_idle_programs(
+    row_blocks: int, column_blocks: int, tiles: int, processors: int
+) -> None:
+    parts = parts_of(row_blocks, column_blocks, tiles, processors)
+    each = -(-column_blocks // parts)
+    assert parts == 1 or each >= 4
+    assert (parts - 1) * each < column_blocks <= parts * each
+    assert parts == 1 or parts * row_blocks * tiles <= 8 * processors
+
+
+def test_tiles_of_tokens() -> None:
+    assert [tile_tokens(n) for n in (1, 16, 17, 32, 33, 64, 65, 5000)] == [
+        *(16, 16, 32, 32, 64, 64, 64, 64)
+    ]
