@@ -147,10 +147,10 @@ struct Kernels {
     // A row of a weight of `width` bytes a value to stored values and nibbles, see semi_structured.h;
     // bits: the kept columns, or null. False: a group keeps too many.
     bool (*compress_row)(const Squeeze &, int width, const std::uint8_t *row, const std::uint8_t *bits,
-                            Index columns, std::uint8_t *values, std::uint8_t *nibbles);
+                         Index columns, std::uint8_t *values, std::uint8_t *nibbles);
     // And back. False: a nibble is none.
     bool (*expand_row)(const Spread &, int width, const std::uint8_t *values,
-                          const std::uint8_t *nibbles, Index columns, std::uint8_t *row);
+                       const std::uint8_t *nibbles, Index columns, std::uint8_t *row);
     // The sum of words, read as fast as memory gives them.
     std::uint64_t (*checksum)(const std::uint64_t *words, Index count);
 };

@@ -75,7 +75,7 @@ template <int Width> constexpr int kNibbleBytes = Width == 1 ? 2 : 1;
 
 template <int Width>
 bool compress_as(const Squeeze &to, const std::uint8_t *row, const std::uint8_t *bits, Index columns,
-                  std::uint8_t *values, std::uint8_t *nibbles) {
+                 std::uint8_t *values, std::uint8_t *nibbles) {
     constexpr Index kColumns = 16 / Width;
     bool wrong = false;
     for (Index step = 0; step * kColumns < columns; ++step) {
@@ -103,7 +103,7 @@ bool compress_as(const Squeeze &to, const std::uint8_t *row, const std::uint8_t 
 
 template <int Width>
 bool expand_as(const Spread &to, const std::uint8_t *values, const std::uint8_t *nibbles, Index columns,
-                std::uint8_t *row) {
+               std::uint8_t *row) {
     constexpr Index kColumns = 16 / Width;
     bool wrong = false;
     for (Index step = 0; step * kColumns < columns; ++step) {
@@ -127,14 +127,14 @@ bool expand_as(const Spread &to, const std::uint8_t *values, const std::uint8_t 
 }
 
 bool compress_row(const Squeeze &to, int width, const std::uint8_t *row, const std::uint8_t *bits,
-                      Index columns, std::uint8_t *values, std::uint8_t *nibbles) {
+                  Index columns, std::uint8_t *values, std::uint8_t *nibbles) {
     if (width == 1) return compress_as<1>(to, row, bits, columns, values, nibbles);
     if (width == 2) return compress_as<2>(to, row, bits, columns, values, nibbles);
     return compress_as<4>(to, row, bits, columns, values, nibbles);
 }
 
 bool expand_row(const Spread &to, int width, const std::uint8_t *values, const std::uint8_t *nibbles,
-                    Index columns, std::uint8_t *row) {
+                Index columns, std::uint8_t *row) {
     if (width == 1) return expand_as<1>(to, values, nibbles, columns, row);
     if (width == 2) return expand_as<2>(to, values, nibbles, columns, row);
     return expand_as<4>(to, values, nibbles, columns, row);

@@ -58,36 +58,44 @@ def group_size(itemsize: int) -> int:
 
 
 def compress(
-    weight: Array, bits: Array | None, rule: Rule, values: Extent, nibbles: Extent
+    weight: Array,
+    mask: Array | None,
+    rule: Rule,
+    values: Extent | None = None,
+    nibbles: Extent | None = None,
 ) -> tuple[Array, Array]:
     """The stored values of each group, and their nibbles.
 
     Args:
         weight: uint8, uint16 or uint32 ``[rows, columns]``, C-contiguous.
-        bits: uint8 ``[rows, ceil(columns / 8)]``, the kept columns; None keeps what is not zero,
-            -0 of 16- and 32-bit values being zero.
+        mask: bool of the same shape, True = kept; None keeps what is not zero, -0 of 16- and 32-bit
+            values being zero.
         rule: where the zeros of a group lie that keeps fewer than two.
-        values, nibbles: shapes of the results, at least what the weight takes: half its columns,
-            and two groups a byte; beyond the weight nothing is kept.
+        values, nibbles: shapes of the results, in which the weight's own stand in the corner;
+            beyond it nothing is kept. None: its own, if 16 divides the bytes of a row.
 
     Returns:
-        The values, of weight's type, and the nibbles, uint8.
+        The values, of weight's type ``[rows, columns / 2]``, and the nibbles, two in a byte, uint8
+        ``[rows, columns / 8]`` (of 32-bit values ``columns / 4``).
 
     Raises:
         ModelError: names the first row and group that keep too many.
+        ValueError: the mask or the results have a shape that does not fit.
     """
-    stored = np.zeros(values, weight.dtype)
-    codes = np.full(nibbles, RULES[rule][0] * 17, np.uint8)
+    rows, columns = weight.shape
+    stored = np.zeros(values or (rows, columns // 2), weight.dtype)
+    shape = nibbles or (rows, columns // (2 * group_size(weight.itemsize)))
+    codes = np.full(shape, RULES[rule][0] * 17, np.uint8)
     wrong = cpu._native().compress_groups(
         rule=RULES[rule],
         width=weight.itemsize,
         weight=weight.view(np.uint8),
-        bits=bits,
+        bits=None if mask is None else np.packbits(mask, axis=1, bitorder="little"),
         values=stored.view(np.uint8),
         nibbles=codes,
     )
     if wrong >= 0:
-        raise _too_many(weight[wrong], None if bits is None else bits[wrong], wrong)
+        raise _too_many(weight[wrong], None if mask is None else mask[wrong], wrong)
     return stored, codes
 
 
@@ -113,7 +121,7 @@ def compress_pieces(
     weight = np.zeros((rows, columns), kept.dtype)
     mask = np.unpackbits(bits, axis=1, count=columns, bitorder="little").view(np.bool_)
     weight[mask] = kept[0]
-    return compress(weight, bits, rule, values, nibbles)
+    return compress(weight, mask, rule, values, nibbles)
 
 
 def expand(values: Array, nibbles: Array, rule: Rule, shape: Extent) -> Array:
@@ -186,11 +194,6 @@ def expand_pieces(
     return Pieces(layer, kept, stored, scales, value_type, scale_columns)
 
 
-def mask_bits(mask: Array | None) -> Array | None:
-    """The bits of a keep-mask bool ``[rows, columns]``, as of `compress`."""
-    return None if mask is None else np.packbits(mask, axis=1, bitorder="little")
-
-
 def check_shape(shape: Sequence[int], itemsize: int, target: str, high: int, wide: int) -> None:
     """Refuse a shape that is no multiple of ``high`` rows and ``wide`` columns.
 
@@ -250,13 +253,10 @@ def _masks(rule: Rule, size: int) -> Array:
     return np.where((low != 0) & (high != 0), low | high << size, 0).astype(np.uint8)
 
 
-def _too_many(row: Array, bits: Array | None, number: int) -> ModelError:
+def _too_many(row: Array, mask: Array | None, number: int) -> ModelError:
     """The error that names the first group of a row that keeps too many."""
     size = group_size(row.itemsize)
-    if bits is None:
-        kept = (row if row.itemsize == 1 else row << 1) != 0
-    else:
-        kept = np.unpackbits(bits, count=len(row), bitorder="little").view(np.bool_)
+    kept = mask if mask is not None else (row if row.itemsize == 1 else row << 1) != 0
     counts = np.pad(kept, (0, -len(row) % size)).reshape(-1, size).sum(axis=1)
     group = int((counts > size // 2).argmax())
     return ModelError(

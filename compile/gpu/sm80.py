@@ -28,7 +28,6 @@ from secateur.compile.gpu.semi_structured import (
     compress_pieces,
     expand,
     expand_pieces,
-    mask_bits,
 )
 from secateur.compile.stored import Pieces
 from secateur.recipe import ValueType
@@ -119,7 +118,7 @@ def from_dense(weight: Array, mask: Array | None = None, *, pad: bool = False) -
     """
     bits = carried(weight)
     extents = _extents(bits.shape, bits.itemsize, pad)
-    values, nibbles = compress(bits, mask_bits(mask), "sm80", *extents)
+    values, nibbles = compress(bits, mask, "sm80", *extents)
     return _of(values, nibbles, bits.shape)
 
 

@@ -27,7 +27,6 @@ from secateur.compile.gpu.semi_structured import (
     compress_pieces,
     expand,
     expand_pieces,
-    mask_bits,
 )
 from secateur.compile.stored import Pieces
 from secateur.errors import ModelError
@@ -127,7 +126,7 @@ def from_dense(
     """
     bits = carried(weight)
     extents = _extents(bits.shape, bits.itemsize, tile_k, pad)
-    values, nibbles = compress(bits, mask_bits(mask), "sm90", *extents)
+    values, nibbles = compress(bits, mask, "sm90", *extents)
     return Sm90(values, reorder(nibbles, bits.itemsize, tile_k), bits.shape, tile_k)
 
 
