@@ -7,6 +7,7 @@ versioned schema; ``summarise`` puts one dense and one sparse model side by side
 from __future__ import annotations
 
 from secateur.bench.accuracy import measure_accuracy
+from secateur.bench.ceiling import CeilingResult, compute_ceiling
 from secateur.bench.kernel_results import KernelSettings, KernelsResult
 from secateur.bench.kernels import measure_kernels
 from secateur.bench.latency import measure_latency
@@ -18,10 +19,12 @@ from secateur.bench.summary import render_summary, summarise
 
 __all__ = [
     "AccuracyResult",
+    "CeilingResult",
     "KernelSettings",
     "KernelsResult",
     "LatencyResult",
     "MethodsResult",
+    "compute_ceiling",
     "measure_accuracy",
     "measure_kernels",
     "measure_latency",

@@ -97,8 +97,8 @@ def model_weights(path: str | Path) -> ModelWeights:
         path: of the file, or of a directory that holds one.
 
     Raises:
-        ModelError: no such file, an unsupported architecture, no text model, or a mixture of experts
-            (how many of its bytes a step reads depends on the text).
+        ModelError: no such file, an unsupported architecture, no text model, or a mixture of
+            experts (how many of its bytes a step reads depends on the text).
     """
     import accelerate
     import torch
@@ -238,7 +238,6 @@ def compute_ceiling(
                 )
             )
     return CeilingResult(
-        schema="secateur/ceiling/1",
         model=str(model),
         pattern=str(kept),
         values=values,

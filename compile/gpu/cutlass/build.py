@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from secateur.checkpoint import sync_file
@@ -30,9 +30,17 @@ from secateur.compile.gpu.cutlass.source import HEADERS, kernel_source, registry
 from secateur.errors import EnvironmentFault, SecateurError
 from secateur.progress import Tick, no_tick
 
+_SLOW = "Potential Performance Loss"
 MEMORY_PER_JOB = 3 << 30
 """Bytes that one nvcc takes at most, about, on the SM90 kernels."""
-_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-cudart=static")
+_FLAGS = (
+    "-std=c++17",
+    "-O1",  # of the host code; device code is always -O3
+    "-DNDEBUG",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC",
+    "-cudart=static",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ def find_nvcc() -> Nvcc:
     """The nvcc of ``$CUDA_HOME``, or else of ``$PATH``, or else of ``/usr/local/cuda``.
 
     Raises:
-        EnvironmentFault: there is none, it does not run, or it is too old for CUTLASS's sparse GEMMs.
+        EnvironmentFault: there is none, it does not run, or it is too old.
     """
     home = os.environ.get("CUDA_HOME")
     places = [Path(home) / "bin"] if home else [None, Path("/usr/local/cuda/bin")]
@@ -85,11 +93,13 @@ class Built:
         path: of it.
         kernels: how many it has.
         fresh: whether it was compiled now; False: it was there and up to date.
+        warnings: what the compiler said about slow code.
     """
 
     path: Path
     kernels: int
     fresh: bool
+    warnings: tuple[str, ...] = ()
 
 
 def build_library(
@@ -130,7 +140,7 @@ def build_library(
     sync_file(linked)
     os.replace(linked, path)
     shutil.rmtree(work)
-    return Built(path, len(chosen), fresh=True)
+    return Built(path, len(chosen), fresh=True, warnings=tuple(compiler.warnings))
 
 
 def build_key(sources: dict[str, str], versions: str, arch: str) -> str:
@@ -161,6 +171,7 @@ class _Compiler:
     nvcc: Path
     codes: str
     work: Path
+    warnings: list[str] = field(default_factory=list)
 
     def all(self, sources: dict[str, str], jobs: int, progress: Tick) -> list[Path]:
         """The object files of sources by name; those that are there already are taken."""
@@ -189,6 +200,7 @@ class _Compiler:
     def call(self, *arguments: str) -> None:
         command = [str(self.nvcc), *_FLAGS, "-gencode", self.codes, *arguments]
         ran = subprocess.run(command, capture_output=True, text=True)
+        self.warnings.extend(line for line in ran.stderr.splitlines() if _SLOW in line)
         if ran.returncode:
             said = [line for line in ran.stderr.splitlines() if "error" in line] or [ran.stderr]
             raise EnvironmentFault(

@@ -7,7 +7,6 @@ the order of the metadata depends on the tile's K, so that one is fixed by type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -106,6 +105,14 @@ class Kernel:
         """Unique, and the same in every build: ``sm_80-bf16-128x64x64``."""
         return f"{self.arch}-{self.types}-{'x'.join(map(str, self.tile))}"
 
+    @classmethod
+    def parse(cls, name: str) -> Kernel:
+        """The kernel of this `name`."""
+        arch, _, rest = name.partition("-")
+        types, _, tile = rest.rpartition("-")
+        m, n, k = map(int, tile.split("x"))
+        return cls(arch, types, (m, n, k))
+
 
 def kernels(arch: str) -> list[Kernel]:
     """All kernels of an architecture.
@@ -202,7 +209,7 @@ def operations(arch: str, types: str) -> list[Any]:
     wanted = TYPES[types]
     sparse = [
         found
-        for found in _enumerate(arch, wanted.inputs)
+        for found in _enumerate(arch, _GENERATORS[arch, wanted.inputs])
         if found.A.element.name == found.B.element.name == wanted.inputs
         and found.accumulator_type().name == wanted.sums
         and (found.A.layout.name, found.B.layout.name) == ("RowMajor", "ColumnMajor")
@@ -231,8 +238,23 @@ _LEVEL = "142"
 """cutlass_library's instantiation level: small N and both K of the tiles, clusters of two."""
 
 
-def _enumerate(arch: str, inputs: str) -> Iterator[Any]:
-    library = _library()
+_GENERATORS = {
+    ("sm_80", "s8"): "SM80_SparseTensorOp_16864_TN",
+    ("sm_80", "f32"): "SM80_SparseTensorOp_16816_fast_math",
+    ("sm_80", "f16"): "SM80_SparseTensorOp_16832",
+    ("sm_80", "bf16"): "SM80_SparseTensorOp_16832",
+    ("sm_90a", "s8"): "SM90_SparseTensorOp_int8_WGMMA_gemm",
+    ("sm_90a", "e4m3"): "SM90_SparseTensorOp_fp8_WGMMA_gemm",
+    ("sm_90a", "f16"): "SM90_SparseTensorOp_16b_WGMMA_gemm",
+    ("sm_90a", "bf16"): "SM90_SparseTensorOp_16b_WGMMA_gemm",
+}
+"""What cutlass_library's generator calls the enumeration of the sparse GEMMs of these inputs."""
+
+
+@cache
+def _enumerate(arch: str, enumeration: str) -> list[Any]:
+    """All sparse GEMMs that one function of the generator gives."""
+    library = _library().library
     from cutlass_library import generator, manifest
 
     arguments = ["--operations=gemm", "--cuda-version=13.0", f"--architectures={arch[3:]}"]
@@ -240,22 +262,11 @@ def _enumerate(arch: str, inputs: str) -> Iterator[Any]:
         [*arguments, "--kernels=*", f"--instantiation-level={_LEVEL}"]
     )
     found = manifest.Manifest(options)
-    if arch == "sm_80":
-        enumerators = {
-            "s8": generator.GenerateSM80_SparseTensorOp_16864_TN,
-            "f32": generator.GenerateSM80_SparseTensorOp_16816_fast_math,
-        }
-        enumerate_ = enumerators.get(inputs, generator.GenerateSM80_SparseTensorOp_16832)
-    else:
-        enumerators = {
-            "s8": generator.GenerateSM90_SparseTensorOp_int8_WGMMA_gemm,
-            "e4m3": generator.GenerateSM90_SparseTensorOp_fp8_WGMMA_gemm,
-        }
-        enumerate_ = enumerators.get(inputs, generator.GenerateSM90_SparseTensorOp_16b_WGMMA_gemm)
-    enumerate_(found, options.cuda_version)
-    kinds = library.library.GemmKind
-    for by_configuration in found.operations[library.library.OperationKind.Gemm].values():
-        for by_capability in by_configuration.values():
-            for candidate in by_capability:
-                if candidate.gemm_kind in (kinds.Sparse, kinds.SparseUniversal3x):
-                    yield candidate
+    getattr(generator, f"Generate{enumeration}")(found, options.cuda_version)
+    return [
+        candidate
+        for by_capability in found.operations[library.OperationKind.Gemm].values()
+        for candidates in by_capability.values()
+        for candidate in candidates
+        if candidate.gemm_kind in (library.GemmKind.Sparse, library.GemmKind.SparseUniversal3x)
+    ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from secateur.compile.gpu.cutlass.kernels import ARCHITECTURES
+from secateur.compile.gpu.cutlass.kernels import ARCHITECTURES, Kernel
 from secateur.errors import EnvironmentFault, UsageError, did_you_mean
 from secateur.source import cache_directory
 
@@ -80,9 +80,10 @@ class Operands:
     Attributes:
         m, n, k: outputs, tokens, inputs (before pruning).
         values: A's kept values, row-major ``[m, k / 2]``.
-        meta: A's metadata in the order that the kernel wants, `SparseGemmLibrary.meta_bytes` long.
+        meta: A's metadata in the kernel's order, `SparseGemmLibrary.meta_bytes` long.
         b: activations, row-major ``[n, k]``, ``ldb`` elements from token to token.
-        d: result: ``[n, m]`` if the kernel is ``d_column_major``, else ``[m, n]``; rows ``ldd`` apart.
+        d: result, ``[n, m]`` if the kernel is ``d_column_major``, else ``[m, n]``; ``ldd`` elements
+            from row to row.
         row_scale: fp32 ``[m]``, or None for 1.
         column_scale: fp32 ``[n]``, or None for 1.
         bias: ``[m]`` of D's type, or None for 0.
@@ -122,9 +123,7 @@ class SparseGemmLibrary:
                 function = getattr(self._library, name)
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as fault:
-            raise EnvironmentFault(
-                f"{path} is no library of sparse GEMMs: {fault}", BUILD
-            ) from fault
+            raise EnvironmentFault(f"{path} holds no sparse GEMMs: {fault}", BUILD) from fault
         if (abi := self._library.secateur_abi()) != ABI:
             raise EnvironmentFault(
                 f"{path} has version {abi} of the interface, and this secateur needs {ABI}", BUILD
@@ -160,6 +159,24 @@ class SparseGemmLibrary:
         if name not in names:
             raise UsageError(f"{self.path} has no kernel {name!r}", did_you_mean(name, names))
         return names.index(name)
+
+    def usable(
+        self, types: str, m: int, n: int, k: int, shared_limit: int | None = None
+    ) -> list[Kernel]:
+        """The kernels of these types that can compute a product of these extents.
+
+        Args:
+            types: a key of `kernels.TYPES`.
+            m, n, k: outputs, tokens and inputs.
+            shared_limit: bytes of shared memory that a block may have on the GPU (torch:
+                ``get_device_properties().shared_memory_per_block_optin``); None: enough.
+        """
+        fitting = [
+            Kernel.parse(facts.name)
+            for facts in self.kernels
+            if facts.accepts(m, n, k) and facts.shared_bytes <= (shared_limit or facts.shared_bytes)
+        ]
+        return [kernel for kernel in fitting if kernel.types == types]
 
     def meta_bytes(self, kernel: int, m: int, k: int) -> int:
         """Bytes of metadata of a weight ``[m, k]``; -1 if there is no such kernel."""
@@ -246,13 +263,12 @@ def library_path(arch: str, directory: str | Path | None = None) -> Path:
 
     Args:
         arch: a key of `kernels.ARCHITECTURES`.
-        directory: None: ``cutlass`` in secateur's cache, ``$SECATEUR_CACHE`` or ``~/.cache/secateur``.
+        directory: None: ``cutlass`` in ``$SECATEUR_CACHE`` or else in ``~/.cache/secateur``.
     """
     home = Path(directory) if directory is not None else cache_directory() / "cutlass"
     return home / f"sparse_gemm_{arch}.so"
 
 
-@cache
 def open_library(arch: str, directory: str | Path | None = None) -> SparseGemmLibrary:
     """The library of an architecture, loaded once in a process.
 
@@ -262,6 +278,11 @@ def open_library(arch: str, directory: str | Path | None = None) -> SparseGemmLi
     path = library_path(arch, directory)
     if not path.exists():
         raise EnvironmentFault(f"there are no compiled CUTLASS kernels at {path}", BUILD)
+    return _load(path)
+
+
+@cache
+def _load(path: Path) -> SparseGemmLibrary:
     return SparseGemmLibrary(path)
 
 

@@ -7,12 +7,14 @@ its own rows before those (`refreshed`). The model was not yet measured on a GPU
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from math import ceil, inf
 from pathlib import Path
 
-from secateur.checkpoint import read_json, write_json
+from secateur.checkpoint import read_json, sync_file
 from secateur.compile.gpu.cutlass.kernels import ARCHITECTURES, TYPES, Kernel, kernels
 from secateur.errors import ModelError, UsageError
 
@@ -87,7 +89,7 @@ class TileTable:
         """
         content = read_json(path)
         try:
-            return cls(content["source"], tuple(Row(**row) for row in content["rows"]))
+            return cls(content["source"], tuple(Row(*row) for row in content["rows"]))
         except (KeyError, TypeError) as fault:
             raise ModelError(
                 f"{path} is no table of tiles: {fault}",
@@ -95,12 +97,18 @@ class TileTable:
             ) from fault
 
     def write(self, path: Path) -> None:
-        """Write the table as JSON, whole or not at all."""
-        write_json(path, {"source": self.source, "rows": [asdict(row) for row in self.rows]})
+        """Write the table as JSON, a row to a line, whole or not at all."""
+        columns = json.dumps([field.name for field in fields(Row)])
+        rows = ",\n".join(json.dumps(astuple(row)) for row in self.rows)
+        head = f'"source": {json.dumps(self.source)},\n"columns": {columns}'
+        aside = path.with_name(path.name + ".writing")
+        aside.write_text(f'{{{head},\n"rows": [\n{rows}\n]}}\n', encoding="utf-8")
+        sync_file(aside)
+        os.replace(aside, path)
 
 
 def choose(table: TileTable, usable: Collection[Kernel], m: int, n: int, k: int) -> Kernel:
-    """The kernel for a product: the table's if it is usable, else the usable one that the model likes.
+    """The kernel for a product: the table's if usable, else the usable one the model likes.
 
     Args:
         table: any.
@@ -113,7 +121,7 @@ def choose(table: TileTable, usable: Collection[Kernel], m: int, n: int, k: int)
     if not usable:
         raise UsageError(
             f"no CUTLASS kernel can compute m {m}, n {n}, k {k}",
-            "see docs/gpu.md for what they need, or build more with `secateur doctor --build-cutlass`",
+            "docs/gpu.md says what they need; `secateur doctor --build-cutlass` builds all",
         )
     named = {kernel.name: kernel for kernel in usable}
     first = next(iter(usable))
@@ -123,9 +131,7 @@ def choose(table: TileTable, usable: Collection[Kernel], m: int, n: int, k: int)
     return min(usable, key=lambda kernel: (predicted_seconds(kernel, m, n, k), kernel.tile))
 
 
-def predicted_seconds(
-    kernel: Kernel, m: int, n: int, k: int, device: Device | None = None
-) -> float:
+def predicted_seconds(kernel: Kernel, m: int, n: int, k: int) -> float:
     """How long a product takes at least, by the model.
 
     Blocks of one tile run in waves of one block to a processor, the last wave as long as the
@@ -135,16 +141,19 @@ def predicted_seconds(
     Args:
         kernel: which tile.
         m, n, k: outputs, tokens and inputs.
-        device: None: the one of `DEVICES` for the kernel's architecture.
     """
-    device = device or DEVICES[kernel.arch]
+    device = DEVICES[kernel.arch]
     size = TYPES[kernel.types].bits / 8
     weight = size / 2 + (0.25 if size == 4 else 0.125)
     tile_m, tile_n, _ = kernel.tile
     waves = ceil(ceil(m / tile_m) * ceil(n / tile_n) / device.processors)
     peak = 2 * device.flops * 2 / size
     multiply = 2 * tile_m * tile_n * k / (peak / device.processors)
-    load = (tile_m * weight + tile_n * size) * k / (device.l2_bandwidth / device.processors)
+    load = (
+        (min(tile_m, m) * weight + min(tile_n, n) * size)
+        * k
+        / (device.l2_bandwidth / device.processors)
+    )
     memory = (m * k * weight + n * k * size) / device.bandwidth
     return max(waves * max(multiply, load), memory)
 
