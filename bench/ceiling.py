@@ -103,6 +103,7 @@ def model_weights(path: str | Path) -> ModelWeights:
     import accelerate
     import torch
     import transformers
+    from transformers.initialization import no_init_weights
     from transformers.pytorch_utils import Conv1D
 
     file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
@@ -114,7 +115,7 @@ def model_weights(path: str | Path) -> ModelWeights:
         )
     try:
         config = transformers.AutoConfig.from_pretrained(str(file))
-        with accelerate.init_empty_weights(include_buffers=False):
+        with accelerate.init_empty_weights(include_buffers=False), no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError) as fault:
         raise ModelError(
@@ -216,27 +217,6 @@ def compute_ceiling(
     size = weight_bytes(values, kept, group_size)
     same = weight_bytes(values, Pattern(), group_size)
     weights = model_weights(model)
-    rest = 2.0 * (weights.head + weights.other)
-    rows = []
-    for context in contexts:
-        for batch in batches:
-            cache = 2.0 * weights.cache * context * batch
-            dense, same_type, sparse = (
-                weights.prunable * each + rest + cache for each in (2.0, same.total, size.total)
-            )
-            rate = batch * bandwidth_gb_per_s * 1e9 / sparse if bandwidth_gb_per_s else None
-            rows.append(
-                CeilingRow(
-                    batch=batch,
-                    context=context,
-                    dense_bytes=dense,
-                    bytes=sparse,
-                    cache_bytes=cache,
-                    speedup=dense / sparse,
-                    same_type_speedup=same_type / sparse,
-                    tokens_per_s=rate,
-                )
-            )
     return CeilingResult(
         model=str(model),
         pattern=str(kept),
@@ -245,5 +225,42 @@ def compute_ceiling(
         weights=weights,
         bytes_per_weight=size,
         bandwidth_gb_per_s=bandwidth_gb_per_s,
-        rows=tuple(rows),
+        rows=tuple(
+            ceiling_row(weights, size, same, batch, context, bandwidth_gb_per_s)
+            for context in contexts
+            for batch in batches
+        ),
+    )
+
+
+def ceiling_row(
+    weights: ModelWeights,
+    size: WeightBytes,
+    same: WeightBytes,
+    batch: int,
+    context: int,
+    bandwidth_gb_per_s: float | None = None,
+) -> CeilingRow:
+    """The ceiling of one batch and context.
+
+    Args:
+        weights: of the model.
+        size, same: of a weight as it is, and as it would be if it were dense.
+        batch, context, bandwidth_gb_per_s: as of `compute_ceiling`.
+    """
+    cache = 2.0 * weights.cache * context * batch
+    rest = 2.0 * (weights.head + weights.other) + cache
+    dense, same_type, sparse = (
+        weights.prunable * each + rest for each in (2.0, same.total, size.total)
+    )
+    rate = batch * bandwidth_gb_per_s * 1e9 / sparse if bandwidth_gb_per_s else None
+    return CeilingRow(
+        batch=batch,
+        context=context,
+        dense_bytes=dense,
+        bytes=sparse,
+        cache_bytes=cache,
+        speedup=dense / sparse,
+        same_type_speedup=same_type / sparse,
+        tokens_per_s=rate,
     )

@@ -6,7 +6,7 @@ docs/gpu.md says how to build them and which one computes what. They were not ye
 from __future__ import annotations
 
 from secateur.compile.gpu.cutlass.build import Built, build_library
-from secateur.compile.gpu.cutlass.kernels import ARCHITECTURES, TYPES, Kernel, kernels
+from secateur.compile.gpu.cutlass.kernels import ARCHITECTURES, TYPES, Kernel, kernels_of
 from secateur.compile.gpu.cutlass.library import (
     KernelFacts,
     Operands,
@@ -29,7 +29,7 @@ __all__ = [
     "architecture_for",
     "build_library",
     "choose",
-    "kernels",
+    "kernels_of",
     "library_path",
     "open_library",
 ]

@@ -23,7 +23,7 @@ from secateur.compile.gpu.cutlass.kernels import (
     Kernel,
     cutlass_path,
     cutlass_version,
-    kernels,
+    kernels_of,
 )
 from secateur.compile.gpu.cutlass.library import SparseGemmLibrary, library_path
 from secateur.compile.gpu.cutlass.source import HEADERS, kernel_source, registry_source
@@ -114,7 +114,7 @@ def build_library(
     Args:
         arch: a key of `kernels.ARCHITECTURES`.
         directory: where to put it; None: the cache, where `library_path` looks.
-        only: these kernels; None: all of `kernels.kernels`.
+        only: these kernels; None: all of `kernels.kernels_of`.
         jobs: compilers at once; None: one a core, if half of the memory is enough.
         progress: is told of each kernel compiled.
 
@@ -122,7 +122,7 @@ def build_library(
         UsageError: the architecture is not known.
         EnvironmentFault: no nvcc, no CUTLASS, or a compilation failed.
     """
-    chosen = kernels(arch) if only is None else list(only)
+    chosen = kernels_of(arch) if only is None else list(only)
     nvcc = find_nvcc()
     sources = {kernel.name: kernel_source(kernel) for kernel in chosen}
     versions = f"CUTLASS {cutlass_version()}, nvcc {nvcc.version}"

@@ -114,7 +114,7 @@ class Kernel:
         return cls(arch, types, (m, n, k))
 
 
-def kernels(arch: str) -> list[Kernel]:
+def kernels_of(arch: str) -> list[Kernel]:
     """All kernels of an architecture.
 
     Raises:

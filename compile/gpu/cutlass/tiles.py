@@ -15,7 +15,7 @@ from math import ceil, inf
 from pathlib import Path
 
 from secateur.checkpoint import read_json, sync_file
-from secateur.compile.gpu.cutlass.kernels import ARCHITECTURES, TYPES, Kernel, kernels
+from secateur.compile.gpu.cutlass.kernels import ARCHITECTURES, TYPES, Kernel, kernels_of
 from secateur.errors import ModelError, UsageError
 
 SHIPPED = Path(__file__).with_name("tiles.json")
@@ -163,7 +163,7 @@ def modelled() -> TileTable:
     rows: list[Row] = []
     for arch, target in ARCHITECTURES.items():
         for types in target.types:
-            usable = [kernel for kernel in kernels(arch) if kernel.types == types]
+            usable = [kernel for kernel in kernels_of(arch) if kernel.types == types]
             for m in ROWS:
                 rows += _for_rows(usable, m)
     names = ", ".join(f"{arch}: {device.name}" for arch, device in DEVICES.items())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.compile.gpu.cutlass.kernels import TYPES, Kernel, kernels
+from secateur.compile.gpu.cutlass.kernels import TYPES, Kernel, kernels_of
 from secateur.compile.gpu.cutlass.library import (
     Operands,
     SparseGemmLibrary,
@@ -75,7 +75,7 @@ def tune(
         raise EnvironmentFault(f"no CUTLASS kernels run on {name}", "they need sm_80 or newer")
     library = open_library(arch, directory)
     built = {facts.name for facts in library.kernels}
-    chosen = [kernel for kernel in kernels(arch) if kernel.name in built]
+    chosen = [kernel for kernel in kernels_of(arch) if kernel.name in built]
     work = [(kernel, m, n, k) for m, k in shapes for n in tokens for kernel in chosen]
     timings = list(_timed(library, work, progress))
     source = f"measured on {torch.cuda.get_device_name()}, {datetime.now(UTC):%Y-%m-%d}"

@@ -46,11 +46,11 @@ def prepare(
 
 
 def _build(archs: str | None, directory: Path | None) -> list[dict[str, Any]]:
-    from secateur.compile.gpu.cutlass import ARCHITECTURES, build_library, kernels
+    from secateur.compile.gpu.cutlass import ARCHITECTURES, build_library, kernels_of
 
     names = list(ARCHITECTURES) if archs is None else archs.replace(" ", "").split(",")
     for name in names:
-        kernels(name)  # refuses an unknown one before any work is done
+        kernels_of(name)  # refuses an unknown one before any work is done
     facts = []
     for name in names:
         with progress(f"compiling for {name}") as tick:

@@ -22,7 +22,7 @@ from secateur.compile.gpu.cutlass.kernels import (
     TYPES,
     Kernel,
     cutlass_path,
-    kernels,
+    kernels_of,
     operation,
 )
 from secateur.compile.gpu.cutlass.library import (
@@ -36,18 +36,18 @@ from secateur.compile.gpu.cutlass.tiles import Row, TileTable, Timing, choose, r
 from secateur.errors import EnvironmentFault, ModelError, UsageError
 
 COMPILE = Path(cutlass.__file__).parents[2]
-EVERY = [kernel for arch in ARCHITECTURES for kernel in kernels(arch)]
+EVERY = [kernel for arch in ARCHITECTURES for kernel in kernels_of(arch)]
 ONE_TYPE = [(arch, types) for arch in ARCHITECTURES for types in ARCHITECTURES[arch].types]
 
 
 def of(arch: str, types: str) -> list[Kernel]:
-    return [kernel for kernel in kernels(arch) if kernel.types == types]
+    return [kernel for kernel in kernels_of(arch) if kernel.types == types]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_cutlass_has_every_kernel(arch: str) -> None:
     names = set()
-    for kernel in kernels(arch):
+    for kernel in kernels_of(arch):
         found = operation(kernel)
         wanted = TYPES[kernel.types]
         assert Kernel.parse(kernel.name) == kernel
@@ -57,9 +57,9 @@ def test_cutlass_has_every_kernel(arch: str) -> None:
         assert "sp" in found.procedural_name()
         assert wanted.output in found.procedural_name() or arch == "sm_80"
         names.add(found.procedural_name() + wanted.output)
-    assert len(names) == len(kernels(arch))
+    assert len(names) == len(kernels_of(arch))
     with pytest.raises(UsageError, match=r"'sm_81'.*\n.*did you mean 'sm_80'"):
-        kernels("sm_81")
+        kernels_of("sm_81")
 
 
 def test_enumerating_leaves_cutlass_descriptions_as_they_are() -> None:
@@ -91,7 +91,7 @@ def test_the_registry_numbers_kernels_in_order() -> None:
     source = registry_source(EVERY[:2], "a key", "versions")
     assert "entries[] = {&sm_80_bf16_64x64x64, &sm_80_bf16_128x64x64}" in source
     assert "#define SECATEUR_RUNS_ON 80, false" in source
-    assert "90, true" in registry_source([kernels("sm_90a")[0]], "", "")
+    assert "90, true" in registry_source([kernels_of("sm_90a")[0]], "", "")
 
 
 def test_the_key_covers_sources_versions_and_architecture() -> None:
@@ -278,7 +278,7 @@ def test_a_failed_compilation_leaves_no_library(no_toolkit: Path) -> None:
         )
     )
     with pytest.raises(EnvironmentFault, match=r"nvcc failed with status 2: x\.cu: error: odd"):
-        build.build_library("sm_80", only=kernels("sm_80")[:1])
+        build.build_library("sm_80", only=kernels_of("sm_80")[:1])
     assert not library_path("sm_80").exists()
 
 
