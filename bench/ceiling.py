@@ -103,6 +103,7 @@ def model_weights(path: str | Path) -> ModelWeights:
     import accelerate
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.initialization import no_init_weights
     from transformers.pytorch_utils import Conv1D
 
@@ -115,9 +116,9 @@ def model_weights(path: str | Path) -> ModelWeights:
         )
     try:
         config = transformers.AutoConfig.from_pretrained(str(file))
-        with accelerate.init_empty_weights(include_buffers=False), no_init_weights():
+        with accelerate.init_empty_weights(include_buffers=True), no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError) as fault:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as fault:
         raise ModelError(
             f"{file} does not describe a model: {fault}", "copy it from the original model"
         ) from fault
@@ -132,15 +133,18 @@ def model_weights(path: str | Path) -> ModelWeights:
         prunable=prunable,
         head=head.numel(),
         other=total - prunable - head.numel() - unread,
-        cache=_cache(config),
+        cache=_cache(model),
     )
 
 
-def _cache(config: Any) -> int:
-    heads = config.num_attention_heads
-    key_value = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * key_value * width)
+def _cache(model: Any) -> int:
+    """Numbers that a model without weights keeps of one position: it says so itself."""
+    import torch
+
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.long, device="meta")
+        layers = model(token, use_cache=True).past_key_values.layers
+    return int(sum(layer.keys.numel() + layer.values.numel() for layer in layers))
 
 
 class CeilingRow(_Facts):
