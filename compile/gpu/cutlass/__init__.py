@@ -15,7 +15,7 @@ from secateur.compile.gpu.cutlass.library import (
     library_path,
     open_library,
 )
-from secateur.compile.gpu.cutlass.tiles import TileTable, choose
+from secateur.compile.gpu.cutlass.tiles import TileTable, choose, current_table
 
 __all__ = [
     "ARCHITECTURES",
@@ -29,6 +29,7 @@ __all__ = [
     "architecture_for",
     "build_library",
     "choose",
+    "current_table",
     "kernels_of",
     "library_path",
     "open_library",

@@ -7,13 +7,15 @@ Each kernel's object file is kept until then, so that an interrupted build goes 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from secateur.compile.gpu.cutlass.kernels import (
 )
 from secateur.compile.gpu.cutlass.library import SparseGemmLibrary, library_path
 from secateur.compile.gpu.cutlass.source import HEADERS, kernel_source, registry_source
-from secateur.errors import EnvironmentFault, SecateurError
+from secateur.errors import EnvironmentFault, SecateurError, UsageError
 from secateur.progress import Tick, no_tick
 
 _SLOW = "Potential Performance Loss"
@@ -119,7 +121,7 @@ def build_library(
         progress: is told of each kernel compiled.
 
     Raises:
-        UsageError: the architecture is not known.
+        UsageError: the architecture is not known, or another process builds the same.
         EnvironmentFault: no nvcc, no CUTLASS, or a compilation failed.
     """
     chosen = kernels_of(arch) if only is None else list(only)
@@ -134,12 +136,13 @@ def build_library(
     work.mkdir(parents=True, exist_ok=True)
     sources["registry"] = registry_source(chosen, key, versions)
     compiler = _Compiler(nvcc.path, ARCHITECTURES[arch].codes, work)
-    objects = compiler.all(sources, jobs or _jobs(), progress)
-    linked = work / path.name
-    compiler.call("-shared", *map(str, objects), "-o", str(linked))
-    sync_file(linked)
-    os.replace(linked, path)
-    shutil.rmtree(work)
+    with _alone(work):
+        objects = compiler.all(sources, jobs or _jobs(), progress)
+        linked = work / path.name
+        compiler.call("-shared", *map(str, objects), "-o", str(linked))
+        sync_file(linked)
+        os.replace(linked, path)
+        shutil.rmtree(work)
     return Built(path, len(chosen), fresh=True, warnings=tuple(compiler.warnings))
 
 
@@ -151,6 +154,19 @@ def build_key(sources: dict[str, str], versions: str, arch: str) -> str:
         digest.update(f"{name}\0{text}\0".encode())
     digest.update(" ".join((versions, ARCHITECTURES[arch].codes, *_FLAGS)).encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    with (work / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{work} is being written by another process",
+                "wait for that process, or give another output directory",
+            ) from None
+        yield
 
 
 def _is(path: Path, key: str) -> bool:

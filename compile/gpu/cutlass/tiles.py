@@ -16,6 +16,7 @@ from pathlib import Path
 
 from secateur.checkpoint import read_json, sync_file
 from secateur.compile.gpu.cutlass.kernels import ARCHITECTURES, TYPES, Kernel, kernels_of
+from secateur.compile.gpu.cutlass.library import library_path
 from secateur.errors import ModelError, UsageError
 
 SHIPPED = Path(__file__).with_name("tiles.json")
@@ -105,6 +106,17 @@ class TileTable:
         aside.write_text(f'{{{head},\n"rows": [\n{rows}\n]}}\n', encoding="utf-8")
         sync_file(aside)
         os.replace(aside, path)
+
+
+def table_path(arch: str, directory: str | Path | None = None) -> Path:
+    """Where the tuned table of an architecture is, or would be: beside its library."""
+    return library_path(arch, directory).with_name(f"tiles_{arch}.json")
+
+
+def current_table(arch: str, directory: str | Path | None = None) -> TileTable:
+    """The tuned table if there is one, else the shipped one."""
+    path = table_path(arch, directory)
+    return TileTable.read(path) if path.exists() else TileTable.read()
 
 
 def choose(table: TileTable, usable: Collection[Kernel], m: int, n: int, k: int) -> Kernel:

@@ -17,10 +17,9 @@ from secateur.compile.gpu.cutlass.library import (
     Operands,
     SparseGemmLibrary,
     architecture_for,
-    library_path,
     open_library,
 )
-from secateur.compile.gpu.cutlass.tiles import TileTable, Timing, refreshed
+from secateur.compile.gpu.cutlass.tiles import Timing, current_table, refreshed, table_path
 from secateur.errors import EnvironmentFault
 from secateur.progress import Tick, no_tick
 
@@ -31,17 +30,6 @@ _KEEP_FIRST = 0x44
 """Two nibbles 0b0100: of four, places 0 and 1 are kept; of two, the first."""
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "s8": torch.int8}
 _DTYPES |= {"e4m3": torch.float8_e4m3fn}
-
-
-def table_path(arch: str, directory: str | Path | None = None) -> Path:
-    """Where the tuned table of an architecture is, or would be: beside its library."""
-    return library_path(arch, directory).with_name(f"tiles_{arch}.json")
-
-
-def current_table(arch: str, directory: str | Path | None = None) -> TileTable:
-    """The tuned table if there is one, else the shipped one."""
-    path = table_path(arch, directory)
-    return TileTable.read(path) if path.exists() else TileTable.read()
 
 
 def tune(

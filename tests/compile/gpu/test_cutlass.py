@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import fcntl
 import json
 import re
 import stat
@@ -32,7 +33,15 @@ from secateur.compile.gpu.cutlass.library import (
     open_library,
 )
 from secateur.compile.gpu.cutlass.source import kernel_source, registry_source
-from secateur.compile.gpu.cutlass.tiles import Row, TileTable, Timing, choose, refreshed
+from secateur.compile.gpu.cutlass.tiles import (
+    Row,
+    TileTable,
+    Timing,
+    choose,
+    current_table,
+    refreshed,
+    table_path,
+)
 from secateur.errors import EnvironmentFault, ModelError, UsageError
 
 COMPILE = Path(cutlass.__file__).parents[2]
@@ -280,6 +289,20 @@ def test_a_failed_compilation_leaves_no_library(no_toolkit: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"nvcc failed with status 2: x\.cu: error: odd"):
         build.build_library("sm_80", only=kernels_of("sm_80")[:1])
     assert not library_path("sm_80").exists()
+    (work,) = library_path("sm_80").parent.glob("*.partial")
+    with (work / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="written by another process"):
+            build.build_library("sm_80", only=kernels_of("sm_80")[:1])
+
+
+def test_a_tuned_table_is_preferred(no_toolkit: Path) -> None:
+    assert current_table("sm_80") == TileTable.read()
+    tuned = TileTable("measured", TileTable.read().rows[:3])
+    table_path("sm_80").parent.mkdir(parents=True)
+    tuned.write(table_path("sm_80"))
+    assert current_table("sm_80") == tuned
+    assert current_table("sm_90a") == TileTable.read()
 
 
 def test_no_cutlass(no_toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
