@@ -200,7 +200,8 @@ def compute_ceiling(
 ) -> CeilingResult:
     """The ceilings of a model from its ``config.json`` alone.
 
-    The head, norms, biases and the cache stay 16-bit and dense. Activations are not counted.
+    The head, norms, biases and the cache stay 16-bit and dense. Activations are not counted, and
+    all layers attend to all of the context.
 
     Args:
         model: a ``config.json``, or a directory that holds one.

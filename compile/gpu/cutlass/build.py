@@ -34,7 +34,7 @@ from secateur.progress import Tick, no_tick
 
 _SLOW = "Potential Performance Loss"
 MEMORY_PER_JOB = 3 << 30
-"""Bytes that one nvcc takes at most, about, on the SM90 kernels."""
+"""Bytes to have for each nvcc: plenty."""
 _FLAGS = (
     "-std=c++17",
     "-O1",  # of the host code; device code is always -O3
