@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from secateur.artifact import Artifact, Manifest, library_versions, refuse_existing
-from secateur.checkpoint import CONFIG, INDEX, Checkpoint, save_tensors, write_index, write_json
+from secateur.checkpoint import CONFIG, INDEX, Checkpoint, TensorWriter, write_index, write_json
 from secateur.compile.config import LIMITS, QUANT_METHOD, VALUES
-from secateur.compile.packed import read_packed
+from secateur.compile.orphan import OrphanCheckpoint
+from secateur.compile.packed import PackedModel, read_packed
 from secateur.compile.report import PackReport
-from secateur.compile.values import check_value_type, convert, dtype_of, with_dtype
+from secateur.compile.values import VALUE_TYPES, check_value_type, convert, dtype_of, with_dtype
 from secateur.errors import UsageError
 from secateur.recipe import ValueType
 
@@ -29,13 +30,13 @@ def write_dense(
     values: ValueType | None = None,
     overwrite: bool = False,
 ) -> PackReport:
-    """Write a dense, pruned or packed model directory as plain dense weights.
+    """Write a dense, pruned or packed model, or an orphaned checkpoint, as plain dense weights.
 
-    Integer values times their scales are rounded once, to ``values``, or to the type that the
-    model's config names.
+    Integer and fp8 values times their scales are rounded once, to ``values``, or to the type that
+    the model's config names.
 
     Args:
-        model: the directory; the zeros of a pruned or packed model stay where they are.
+        model: the directory; zeros stay where they are.
         output: directory to make; it appears whole or not at all.
         values: convert all floating-point weights to this type; None keeps them.
         overwrite: replace an existing output.
@@ -55,22 +56,21 @@ def write_dense(
     source = Checkpoint(model)
     quantization = source.config.get("quantization_config", {})
     packed = read_packed(model) if quantization.get("quant_method") == QUANT_METHOD else None
-    dtype = None if packed is None or packed.config.values not in LIMITS else torch.float32
-    if dtype is not None and values is None:
-        dtype = dtype_of(source.config)
+    if packed is None:
+        source = OrphanCheckpoint(model)
     hashes = source.sha256()
     recipe = {"compile": {"format": "dense", "values": values}}
     stored = read = 0
     with Artifact(output, {"source": hashes, **recipe}, overwrite) as artifact:
         for file in source.files:
-            tensors = {}
-            for name in packed.names() if packed else source.names():
-                if _home(name, source) == file:
-                    weight = packed.load(name, dtype) if packed else source.load(name)
-                    tensors[name] = convert(name, weight, values)
-                    read += weight.nbytes
-                    stored += tensors[name].nbytes
-            save_tensors(artifact.path / file.name, tensors)
+            with TensorWriter(artifact.path / file.name) as writer:
+                for name in packed.names() if packed else source.names():
+                    if _home(name, source) == file:
+                        weight, wanted = _read(name, source, packed, values)
+                        converted = convert(name, weight, wanted)
+                        read += weight.nbytes
+                        stored += converted.nbytes
+                        writer.add(name, converted)
         if (source.path / INDEX).exists():
             write_index(artifact.path, [artifact.path / file.name for file in source.files])
         config = with_dtype(source.config, values)
@@ -100,6 +100,20 @@ def write_dense(
         packed_bytes=stored,
         seconds=time.perf_counter() - started,
     )
+
+
+def _read(
+    name: str, source: Checkpoint, packed: PackedModel | None, values: ValueType | None
+) -> tuple[torch.Tensor, ValueType | None]:
+    """A dense tensor, of integers and fp8 as fp32, and the type that it is to have."""
+    named = VALUE_TYPES[dtype_of(source.config)]
+    if packed is not None and packed.config.values in LIMITS:
+        expanded = name.removesuffix(".weight") in packed.layers
+        return packed.load(name, torch.float32), values or (named if expanded else None)
+    if packed is not None:
+        return packed.load(name), values
+    assert isinstance(source, OrphanCheckpoint)
+    return source.load(name), values or (named if source.has_scale(name) else None)
 
 
 def _home(name: str, source: Checkpoint) -> Path:

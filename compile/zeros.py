@@ -1,0 +1,92 @@
+"""Which pattern the zeros of a weight have, where nothing says so."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+
+from secateur.compile.bitmask import nonzero
+from secateur.pattern import BLOCK_HEIGHTS, Pattern
+
+# A weight with fewer zeros than this was not pruned; quantising to 4 bits alone may make a few.
+FEWEST = 0.2
+# The pattern must account for this much of the zeros: a kept weight may be 0, too.
+_EXPLAINED = 0.75
+_WINDOWS = (4, 8, 16)
+
+
+def pattern_of(weight: torch.Tensor) -> Pattern:
+    """The narrowest pattern whose removed positions are all zero.
+
+    Blocks are preferred to single rows, the highest first, and N:M to ``P%``; of several N:M the
+    one that keeps least, with the smallest M (2:4, though it is also 4:8).
+
+    Args:
+        weight: ``[rows, columns]`` of any type; -0 is zero.
+
+    Returns:
+        ``dense`` if fewer than a fifth of the weights are zero.
+    """
+    kept = nonzero(weight)
+    zeros = 1 - float(kept.float().mean())
+    if zeros < FEWEST:
+        return Pattern()
+    for height in (*sorted(BLOCK_HEIGHTS, reverse=True), 1):
+        if len(kept) % height:
+            continue
+        blocks = kept.view(-1, height, kept.shape[1]).any(dim=1)
+        removed = 1 - float(blocks.float().mean())
+        if height > 1 and removed < _EXPLAINED * zeros:
+            continue
+        return _of_rows(blocks, zeros, height)
+    raise AssertionError("single rows always fit")
+
+
+def mask_of(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """A mask of the pattern that keeps all that is not zero.
+
+    Args:
+        weight: ``[rows, columns]``.
+        pattern: of `pattern_of` for it. Where fewer weights of a group are not zero than N:M keeps,
+            the leftmost zeros are kept with them.
+
+    Returns:
+        bool ``[rows, columns]``, True = kept.
+    """
+    kept = nonzero(weight)
+    if pattern.is_dense:
+        return torch.ones_like(kept)
+    blocks = kept.view(-1, pattern.rows, kept.shape[1]).any(dim=1)
+    if pattern.is_nm:
+        groups = blocks.view(len(blocks), -1, pattern.m)
+        missing = pattern.n - groups.sum(dim=2, keepdim=True)
+        blocks = (groups | (~groups & ((~groups).cumsum(dim=2) <= missing))).view(blocks.shape)
+    return blocks.repeat_interleave(pattern.rows, dim=0)
+
+
+def _of_rows(kept: torch.Tensor, zeros: float, height: int) -> Pattern:
+    """The pattern of a mask of block rows, ``[rows / height, columns]``."""
+    best = None
+    for window in _WINDOWS:
+        if kept.shape[1] % window:
+            continue
+        most = max(1, int(kept.view(len(kept), -1, window).sum(dim=2).max()))
+        removed = 1 - Fraction(most, window)
+        narrower = best is None or removed > best.removed
+        if most < window and removed >= _EXPLAINED * zeros and narrower:
+            best = Pattern(most, window, removed, height)
+    if best is not None:
+        return best
+    share = Fraction(int((~kept).sum()), kept.numel())
+    return Pattern(removed=_rounded(share, kept.shape[1]), rows=height)
+
+
+def _rounded(share: Fraction, columns: int) -> Fraction:
+    """A share to as few decimals of a percent as name it to within a column, as `Pattern` asks."""
+    for digits in range(12):
+        hundred = 100 * 10**digits
+        text = Fraction(min(round(share * hundred), hundred - 1), hundred)
+        if text and abs(text - share) < Fraction(1, 2 * columns):
+            return text
+    raise AssertionError(f"{share} of {columns} columns")
