@@ -103,7 +103,7 @@ class OrphanCheckpoint(Checkpoint):
         self._stored: dict[str, _Stored] = {}
         dropped = self._sort(set(self._files.names()))
         self.quantised = any(_is_quantised(stored) for stored in self._stored.values())
-        self.notes = [f"read from {self.form}"]
+        self.notes: list[str] = []
         if dropped:
             self.notes.append(f"{dropped} scales and shapes of activations and kernels left out")
         if compression.get("kv_cache_scheme"):
@@ -175,8 +175,8 @@ class OrphanCheckpoint(Checkpoint):
             raise ModelError(f"tensor {name!r} is {weight.dtype}, but has no scale", _GET_AGAIN)
         return weight
 
-    def has_scale(self, name: str) -> bool:
-        """Whether a tensor is stored as integers or fp8."""
+    def decoded(self, name: str) -> bool:
+        """Whether a tensor is stored as integers or fp8, and loaded as fp32."""
         return _is_quantised(self._of(name))
 
     def integers(self, name: str) -> Quantised | str:

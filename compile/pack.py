@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from secateur.artifact import Artifact, Manifest, library_versions, refuse_existing
-from secateur.checkpoint import CONFIG, INDEX, TensorWriter, write_index, write_json
+from secateur.checkpoint import CONFIG, write_json
 from secateur.compile.calibrate import FOLDER, Blocks, Quantizer, usual_text
 from secateur.compile.config import BITMASK, LIMITS, SCALES, VALUES, PackedConfig, PackedLayer
 from secateur.compile.packed import encode, encode_integers
 from secateur.compile.report import LayerReport, PackReport
+from secateur.compile.shards import write_shards
 from secateur.compile.sources import Source, open_source
 from secateur.compile.values import (
     VALUE_TYPES,
@@ -89,17 +90,12 @@ def pack_model(
         try:
             packer = _Packer(source, settings, calibration, keep)
             packer.quantise(artifact.path / FOLDER, quiet)
-            for file in source.checkpoint.files:
-                with TensorWriter(artifact.path / file.name) as writer:
-                    packer.shard(file, writer)
+            packer.source_bytes, packer.packed_bytes = write_shards(
+                artifact.path, source.checkpoint, packer.stored
+            )
             shutil.rmtree(artifact.path / FOLDER, ignore_errors=True)
-            if (source.checkpoint.path / INDEX).exists():
-                files = [artifact.path / file.name for file in source.checkpoint.files]
-                write_index(artifact.path, files)
             report = packer.report(Path(output))
             write_json(artifact.path / CONFIG, packer.config())
-            for companion in source.checkpoint.companions():
-                shutil.copyfile(companion, artifact.path / companion.name)
             manifest = Manifest(
                 kind="packed",
                 versions=library_versions("torch", "safetensors"),
@@ -158,9 +154,9 @@ class _Packer:
         elif self.quantizer is not None:
             self.patterns |= {name: Pattern() for name in source.kept_dense}
         self.value_type: ValueType | None = values  # until the first packed linear tells it
-        self.dense_bytes = self.packed_bytes = 0
+        self.source_bytes = self.dense_bytes = self.packed_bytes = 0
         self.rounding: list[float] = []
-        if not source.patterns:
+        if not self.patterns:
             why = next(iter(source.kept_dense.items()), None)
             said = f"; {why[0]} is not: {why[1]}" if why else ""
             raise ModelError(
@@ -175,26 +171,19 @@ class _Packer:
             text, device = self.calibration, self.settings.device
             self.blocks.run(self.quantizer, text, self._mask_of, device, quiet)
 
-    def shard(self, file: Path, writer: TensorWriter) -> None:
-        """Write the tensors that take the place of those of one source file."""
-        checkpoint = self.source.checkpoint
-        for tensor in checkpoint.names():
-            if checkpoint.file_of(tensor) != file:
-                continue
-            layer = tensor.removesuffix(".weight")
-            if tensor.endswith(".weight") and layer in self.patterns:
-                stored = self._layer(layer, tensor)
-                self.dense_bytes += self.reports[layer].dense_bytes
-            else:
-                weight = self._converted(tensor)
-                stored = {tensor: weight}
-                self.dense_bytes += weight.nbytes
-                if tensor.endswith(".weight") and layer in self.facts:
-                    size = {"dense_bytes": weight.nbytes, "bytes": weight.nbytes}
-                    self.facts[layer] = self.facts[layer].model_copy(update=size)
-            for name, piece in stored.items():
-                writer.add(name, piece)
-                self.packed_bytes += piece.nbytes
+    def stored(self, tensor: str) -> dict[str, torch.Tensor]:
+        """What takes the place of a tensor of the dense model, by name."""
+        layer = tensor.removesuffix(".weight")
+        if tensor.endswith(".weight") and layer in self.patterns:
+            stored = self._layer(layer, tensor)
+            self.dense_bytes += self.reports[layer].dense_bytes
+            return stored
+        weight = self._converted(tensor)
+        self.dense_bytes += weight.nbytes
+        if tensor.endswith(".weight") and layer in self.facts:
+            size = {"dense_bytes": weight.nbytes, "bytes": weight.nbytes}
+            self.facts[layer] = self.facts[layer].model_copy(update=size)
+        return {tensor: weight}
 
     def _layer(self, name: str, tensor: str) -> dict[str, torch.Tensor]:
         """The tensors of a packed linear by their names."""
@@ -303,7 +292,7 @@ class _Packer:
     def report(self, output: Path) -> PackReport:
         """Sizes of everything."""
         assert self.value_type is not None
-        quantised, checkpoint = self.quantizer is not None, self.source.checkpoint
+        quantised = self.quantizer is not None
         return PackReport(
             output=str(output),
             values=self.value_type,
@@ -316,7 +305,7 @@ class _Packer:
             notes=self._notes(),
             linears_dense_bytes=sum(layer.dense_bytes for layer in self.reports.values()),
             linears_packed_bytes=sum(layer.packed_bytes for layer in self.reports.values()),
-            source_bytes=sum(checkpoint.nbytes(name) for name in checkpoint.names()),
+            source_bytes=self.source_bytes,
             dense_bytes=self.dense_bytes,
             packed_bytes=self.packed_bytes,
             seconds=0.0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel
 
 from secateur.recipe import Calibration, ValueType
@@ -50,7 +52,7 @@ class PackReport(BaseModel):
 
     output: str
     format: str = "packed"
-    values: ValueType | None
+    values: ValueType | Literal["fp8"] | None
     group_size: int | None = None
     quantize: str | None = None
     calibration: Calibration | None = None

@@ -17,8 +17,9 @@ from secateur.architecture import ARCHITECTURES
 from secateur.artifact import MANIFEST, LayerFacts, Manifest
 from secateur.bits import unpack_mask
 from secateur.checkpoint import Checkpoint, file_sha256
-from secateur.compile.config import LIMITS, QUANT_METHOD
-from secateur.compile.orphan import OrphanCheckpoint
+from secateur.compile.config import LIMITS
+from secateur.compile.orphan import GROUP, OrphanCheckpoint
+from secateur.compile.packed import PackedCheckpoint
 from secateur.compile.quantize import Quantised
 from secateur.compile.stored import open_safely
 from secateur.compile.zeros import FEWEST, mask_of, pattern_of
@@ -163,7 +164,7 @@ class ZerosSource(Source):
         super().__init__(orphan)
         self.orphan = orphan
         self.kind = "orphan" if orphan.quantised or orphan.form != "dense weights" else "zeros"
-        self.notes = list(orphan.notes)
+        self.notes = [f"read from {orphan.form}", *orphan.notes]
         model = StreamedModel(orphan, torch.device("cpu"), None)
         linears = {
             name: linear
@@ -173,7 +174,7 @@ class ZerosSource(Source):
         refuse_other_modules(orphan, any(linear.transposed for linear in linears.values()))
         for name, linear in linears.items():
             self._survey(name, linear.shape)
-        self._settle_integers([name for name in linears if orphan.has_scale(name + ".weight")])
+        self._settle_integers([name for name in linears if orphan.decoded(name + ".weight")])
 
     def _settle_integers(self, quantised: list[str]) -> None:
         """Find out whether all integers can be kept, and as which."""
@@ -228,27 +229,72 @@ class ZerosSource(Source):
 
     def decoded(self, tensor: str) -> bool:
         """As of `Source`."""
-        return self.orphan.has_scale(tensor)
+        return self.orphan.decoded(tensor)
 
     def integers(self, name: str) -> Quantised | None:
         """As of `Source`."""
-        if self.values is None or not self.orphan.has_scale(name + ".weight"):
+        if self.values is None or not self.orphan.decoded(name + ".weight"):
             return None
         found = self.orphan.integers(name + ".weight")
         return None if isinstance(found, str) else found
 
 
-def open_source(path: str | Path) -> Source:
-    """Open a directory that a packed form can be made of.
+class PackedSource(Source):
+    """A packed directory."""
+
+    kind = "packed"
+
+    def __init__(self, path: str | Path, manifest: Manifest) -> None:
+        checkpoint = PackedCheckpoint(path)
+        super().__init__(checkpoint)
+        self.packed = checkpoint.packed
+        self.seed, self.recipe = manifest.seed, manifest.recipe
+        self.layers, self.notes = manifest.layers, list(manifest.notes)
+        for name, layer in self.packed.layers.items():
+            if not layer.pattern.is_dense:
+                self.patterns[name] = layer.pattern
+        self.kept_dense = {
+            name: layer.kept_dense or "its pattern is dense"
+            for name, layer in self.layers.items()
+            if name not in self.patterns
+        }
+        config = self.packed.config
+        self.values = config.values if config.group_size == GROUP else None
+
+    def mask(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The stored mask."""
+        if name not in self.packed.layers:
+            return torch.ones_like(weight, dtype=torch.bool)
+        return self.packed.mask(name)
+
+    def decoded(self, tensor: str) -> bool:
+        """As of `Source`."""
+        assert isinstance(self.checkpoint, PackedCheckpoint)
+        return self.checkpoint.decoded(tensor)
+
+    def integers(self, name: str) -> Quantised | None:
+        """As of `Source`."""
+        if self.values is None or name not in self.packed.layers:
+            return None
+        return self.packed.integers(name)
+
+
+def open_source(path: str | Path, packed: bool = False) -> Source:
+    """Open a directory that another form can be made of.
+
+    Args:
+        path: of a pruned model, an orphan, or weights with zeros in place.
+        packed: whether it may be a packed model.
 
     Raises:
-        ModelError: it is packed already, damaged, or no model.
+        ModelError: it is a packed model and may not be one, is damaged, or no model.
     """
     manifest = Manifest.read(path) if (Path(path) / MANIFEST).exists() else None
     if manifest is not None and manifest.kind == "pruned":
         return PrunedSource(path, manifest)
-    config = Checkpoint(path).config
-    if config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD:
+    if manifest is not None and manifest.kind == "packed":
+        if packed:
+            return PackedSource(path, manifest)
         raise ModelError(f"{path} is a packed model, not a pruned one", PRUNE_AGAIN)
     return ZerosSource(path)
 
