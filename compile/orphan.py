@@ -167,7 +167,7 @@ class OrphanCheckpoint(Checkpoint):
     def load(self, name: str) -> torch.Tensor:
         """A tensor of the dense model; of quantised weights fp32, which rounds a product once."""
         stored = self._of(name)
-        found = self._scaled(name, stored)
+        found = self.scaled(name)
         if found is not None:
             return found.dense()
         weight = self._decoded(stored) if stored.ends else self._files.load(name)
@@ -185,7 +185,7 @@ class OrphanCheckpoint(Checkpoint):
         Returns:
             Values of -127 to 127 with a scale in fp16 for each 128 columns; or why not.
         """
-        found = self._scaled(name, self._of(name))
+        found = self.scaled(name)
         if found is None or found.values.dtype != torch.int8:
             return "its values are not integers"
         if found.zeros is not None and bool((found.zeros != 0).any()):
@@ -213,8 +213,9 @@ class OrphanCheckpoint(Checkpoint):
             return raw[".weight"]
         return bitmasks.decode(stored.base, raw)
 
-    def _scaled(self, name: str, stored: _Stored) -> Scaled | None:
-        """Integers or fp8 with their scales; None if the weight has none."""
+    def scaled(self, name: str) -> Scaled | None:
+        """A weight's integers or fp8 with their scales; None if it has none."""
+        stored = self._of(name)
         for end in _MARLIN:
             if end in stored.ends:
                 return self._marlin(stored, end)

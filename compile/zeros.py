@@ -28,7 +28,7 @@ def pattern_of(weight: torch.Tensor) -> Pattern:
     Returns:
         ``dense`` if fewer than a fifth of the weights are zero.
     """
-    kept = nonzero(weight)
+    kept = nonzero(weight).contiguous()
     zeros = 1 - float(kept.float().mean())
     if zeros < FEWEST:
         return Pattern()

@@ -40,15 +40,15 @@ def without_compression(config: dict[str, Any]) -> dict[str, Any]:
 def recognise(checkpoint: Checkpoint) -> str | None:
     """What an orphaned checkpoint is, in words, or None if it is none.
 
-    Weights with zeros in place are an orphan only if the config says that they are sparse.
+    Weights with zeros in place are an orphan only if the config says that they are 2:4:
+    "unstructured" stands in many that are not sparse at all.
     """
     compression = compression_of(checkpoint.config)
     if compression.get("quant_method") == "secateur":
         return None
     sparsity = compression.get("sparsity_config") or {}
     stored = {form for end, form in MARKS.items() if _any_ends(checkpoint, end)}
-    structure = str(sparsity.get("sparsity_structure", "")).lower()
-    if not stored and structure not in ("2:4", "unstructured"):
+    if not stored and sparsity.get("sparsity_structure") != "2:4":
         return None
     form = " and ".join(sorted(stored)) or "dense weights with zeros in place"
     if stored == {"bitmask"}:
