@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from secateur.artifact import Artifact, Manifest, library_versions, refuse_existing
+from secateur.artifact import Artifact, LayerFacts, Manifest, library_versions, refuse_existing
 from secateur.checkpoint import CONFIG, Checkpoint, write_json
 from secateur.compile import compressed_tensors as bitmasks
 from secateur.compile import marlin24
@@ -169,7 +169,7 @@ def write_marlin24(
         source = open_source(staged, packed=True)
     else:
         quantize = "rtn" if source.values is None else "kept"
-    work = _Export(source, "marlin-24", values or source.values)
+    work, plain = _Export(source, "marlin-24", values or source.values), open_source(model, True)
     skipped = {name: why for name in source.layers if (why := _no_marlin(source, name))}
     if skipped.keys() == source.layers.keys():
         name, why = next(iter(skipped.items()))
@@ -179,7 +179,7 @@ def write_marlin24(
     def stored(tensor: str) -> dict[str, torch.Tensor]:
         name = tensor.removesuffix(".weight")
         if not tensor.endswith(".weight") or name not in source.layers or name in skipped:
-            return {tensor: work.load(tensor)}
+            return {tensor: work.load(tensor, plain)}
         found = source.integers(name) or _by_row(work, tensor, bits)
         packed = marlin24.pack(found.values.numpy(), found.scales.numpy(), bits)
         arrays = {".weight_packed": packed.weight, ".meta": packed.meta}
@@ -258,17 +258,18 @@ class _Export:
     format: str
     values: Values | None
     reports: dict[str, LayerReport] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # of the weights as they are stored
 
     @property
     def named(self) -> torch.dtype:
         """The type of the model's floats."""
         return dtype_of(self.source.checkpoint.config)
 
-    def load(self, tensor: str) -> torch.Tensor:
+    def load(self, tensor: str, source: Source | None = None) -> torch.Tensor:
         """A dense tensor in the type that it is to have before it is quantised."""
-        weight = self.source.checkpoint.load(tensor)
-        named = VALUE_TYPES[self.named] if self.source.decoded(tensor) else None
-        return convert(tensor, weight, self.floats or named)
+        source = source or self.source
+        named = VALUE_TYPES[self.named] if source.decoded(tensor) else None
+        return convert(tensor, source.checkpoint.load(tensor), self.floats or named)
 
     @property
     def floats(self) -> ValueType | None:
@@ -288,6 +289,20 @@ class _Export:
             packed_bytes=size,
             ratio=size / dense_bytes,
         )
+
+    def _facts(self, name: str) -> LayerFacts:
+        """What the manifest says of a linear; one that is not sparse here has its plain size."""
+        facts, report = self.source.layers[name], self.reports.get(name)
+        if report is None:
+            why = self.source.kept_dense.get(name)
+            update: dict[str, Any] = {
+                "bytes": self.sizes[name],
+                "dense_bytes": self.sizes[name],
+                "kept_dense": why,
+            }
+        else:
+            update = {"bytes": report.packed_bytes, "dense_bytes": report.dense_bytes}
+        return facts.model_copy(update=update)
 
     def sparsity(self) -> float:
         """The fraction of all linears' weights that the masks remove."""
@@ -315,29 +330,25 @@ class _Export:
             raise ModelError(f"{checkpoint.path} has no pruned linear", "prune it first")
         recipe = {"compile": {"format": self.format, **recipe}}
         origin = source.provenance()
+
+        def counted(tensor: str) -> Mapping[str, torch.Tensor]:
+            parts = stored(tensor)
+            size = sum(part.nbytes for part in parts.values())
+            self.sizes[tensor.removesuffix(".weight")] = size
+            return parts
+
         with Artifact(output, {"source": origin["files"], **recipe}, overwrite) as artifact:
-            read, written = write_shards(artifact.path, checkpoint, stored)
+            read, written = write_shards(artifact.path, checkpoint, counted)
             ignored = [name for name in linears(checkpoint) if name not in self.reports]
             found = with_dtype(checkpoint.config, self.floats)
             write_json(artifact.path / CONFIG, found | {"quantization_config": config(ignored)})
-            facts = {
-                name: layer.model_copy(
-                    update={
-                        "bytes": self.reports[name].packed_bytes,
-                        "dense_bytes": self.reports[name].dense_bytes,
-                    }
-                )
-                if name in self.reports
-                else layer
-                for name, layer in source.layers.items()
-            }
             manifest = Manifest(
                 kind="exported",
                 versions=library_versions("torch", "safetensors"),
                 source=origin,
                 recipe=source.recipe | recipe,
                 seed=source.seed,
-                layers=facts,
+                layers={name: self._facts(name) for name in source.layers},
                 notes=source.notes,
             )
             seconds = time.perf_counter() - started

@@ -178,13 +178,14 @@ class ZerosSource(Source):
 
     def _settle_integers(self, quantised: list[str]) -> None:
         """Find out whether all integers can be kept, and as which."""
-        limit, obstacles = 0, []
+        limit, obstacles, four = 0, [], False
         for name in quantised:
             found = self.orphan.integers(name + ".weight")
             if isinstance(found, str):
                 obstacles.append(f"{name}: {found}")
             else:
                 limit = max(limit, int(found.values.abs().max()))
+                four |= int(found.values.min()) == -LIMITS["int4"] - 1
         if obstacles:
             self.notes.append(
                 f"{len(obstacles)} of {len(quantised)} quantised linears cannot keep their "
@@ -192,6 +193,10 @@ class ZerosSource(Source):
             )
         elif quantised:
             self.values = "int4" if limit <= LIMITS["int4"] else "int8"
+            if limit == LIMITS["int4"] + 1 and four:
+                self.notes.append(
+                    "4-bit integers of -8 to 7 stay exact as int8: packed int4 ends at -7"
+                )
 
     def _survey(self, name: str, shape: tuple[int, int]) -> None:
         weight = self.checkpoint.load(name + ".weight")

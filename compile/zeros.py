@@ -11,8 +11,9 @@ from secateur.pattern import BLOCK_HEIGHTS, Pattern
 
 # A weight with fewer zeros than this was not pruned; quantising to 4 bits alone may make a few.
 FEWEST = 0.2
-# The pattern must account for this much of the zeros: a kept weight may be 0, too.
-_EXPLAINED = 0.75
+# A kept weight may be 0, too, but so much of the zeros must be removed ones, and so much of what is
+# kept must not be 0.
+_MOST = 0.75
 _WINDOWS = (4, 8, 16)
 
 
@@ -37,7 +38,7 @@ def pattern_of(weight: torch.Tensor) -> Pattern:
             continue
         blocks = kept.view(-1, height, kept.shape[1]).any(dim=1)
         removed = 1 - float(blocks.float().mean())
-        if height > 1 and removed < _EXPLAINED * zeros:
+        if height > 1 and not _fits(removed, zeros):
             continue
         return _of_rows(blocks, zeros, height)
     raise AssertionError("single rows always fit")
@@ -71,15 +72,20 @@ def _of_rows(kept: torch.Tensor, zeros: float, height: int) -> Pattern:
     for window in _WINDOWS:
         if kept.shape[1] % window:
             continue
-        most = max(1, int(kept.view(len(kept), -1, window).sum(dim=2).max()))
+        most = int(kept.view(len(kept), -1, window).sum(dim=2).max())
         removed = 1 - Fraction(most, window)
         narrower = best is None or removed > best.removed
-        if most < window and removed >= _EXPLAINED * zeros and narrower:
+        if 0 < most < window and _fits(float(removed), zeros) and narrower:
             best = Pattern(most, window, removed, height)
     if best is not None:
         return best
     share = Fraction(int((~kept).sum()), kept.numel())
     return Pattern(removed=_rounded(share, kept.shape[1]), rows=height)
+
+
+def _fits(removed: float, zeros: float) -> bool:
+    """Whether a pattern that removes so much explains so many zeros."""
+    return removed >= _MOST * zeros and 1 - zeros >= _MOST * (1 - removed)
 
 
 def _rounded(share: Fraction, columns: int) -> Fraction:

@@ -45,7 +45,8 @@ def read(directory: Path, to: Path) -> None:
     }
     model.load_state_dict(plain, strict=False)
     compressor.decompress(str(directory), model)
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if "scale" not in name}
+    weights = dict(model.named_parameters())
+    kept = {name: p.detach().clone() for name, p in weights.items() if "weight_" not in name}
     save_file(kept, to)
 
 
