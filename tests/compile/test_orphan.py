@@ -10,55 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from secateur.checkpoint import Checkpoint, write_json
-from secateur.compile import (
-    pack_model,
-    read_packed,
-    write_compressed_tensors,
-    write_dense,
-    write_marlin24,
-)
+from secateur.compile import pack_model, read_packed, write_dense
 from secateur.compile.marlin24 import Marlin24, pack, unpack
 from secateur.compile.orphan import OrphanCheckpoint
 from secateur.errors import ModelError
 from secateur.orphans import recognise
-from tests.compile.conftest import prune_by_hand, rewrite
+from tests.compile.conftest import rewrite
+from tests.compile.orphans import FORMS, write_orphan
 
 Tensors = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj"
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "24": ("2:4", {}),
-    "24-fp8": ("2:4", {"values": "fp8"}),
-    "24-int8": ("2:4", {"values": "int8"}),
-    "bitmask": ("4:8", {}),
-    "bitmask-int8": ("50%", {"values": "int8", "scales": "tensor"}),
-    "old": ("50%@4x1", {"era": "0.8"}),
-    "marlin-int4": ("2:4", {"values": "int4", "quantize": "rtn"}),
-    "marlin-int8": ("2:4", {"values": "int8", "quantize": "rtn", "scales": "channel"}),
-}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every form (NAME) beside the model that was pruned for it (NAME.pruned), in bf16."""
     folder = tmp_path_factory.mktemp("orphans")
-    for name, (pattern, options) in FORMS.items():
-        marlin = name.startswith("marlin")
-        pruned = prune_by_hand(
-            folder / f"{name}.pruned",
-            pattern,
-            hidden=128 if marlin else 32,
-            inner=384 if marlin else 48,
-            dtype=torch.bfloat16,
-            dense=("k_proj", "v_proj"),
-            shard="30KB",
-            tied=name == "24",
-        )
-        write: Any = write_marlin24 if marlin else write_compressed_tensors
-        write(pruned, folder / name, **options)
-        (folder / name / "manifest.json").unlink()  # as others wrote it
+    for name in FORMS:
+        write_orphan(folder, name)
     return folder
 
 
@@ -74,8 +46,6 @@ def orphan(home: Path, tmp_path: Path) -> Callable[[str], Path]:
             whole |= load_file(file)
             file.unlink()
         (made / "model.safetensors.index.json").unlink(missing_ok=True)
-        from safetensors.torch import save_file
-
         save_file(whole, made / "model.safetensors", metadata={"format": "pt"})
         return made
 
@@ -165,7 +135,7 @@ def old_place(config: dict[str, Any]) -> None:
 
 
 def at_the_top(config: dict[str, Any]) -> None:
-    described = config.pop("quantization_config")["sparsity_config"]
+    described = config.pop("quantization_config").get("sparsity_config", {})
     config["sparsity_config"] = described | {"format": "sparse_bitmask"}
 
 
@@ -282,9 +252,9 @@ def test_what_cannot_stay_integers_becomes_floats_and_is_told(
     assert said in report.notes[1]
     assert "relative error" in report.notes[2]
     stored, packed = load_file(made / "model.safetensors"), read_packed(tmp_path / "packed")
-    scale = stored[f"{UP}.weight_scale"].double()
-    exact = by_hand(stored, UP).double() - (stored.get(f"{UP}.weight_zero_point", scale * 0))
-    exact *= scale.repeat_interleave(exact.shape[1] // scale.shape[1], dim=1)
+    scale, values = stored[f"{UP}.weight_scale"].double(), by_hand(stored, UP).double()
+    values -= stored.get(f"{UP}.weight_zero_point", torch.zeros(1, 1))
+    exact = values * scale.repeat_interleave(values.shape[1] // scale.shape[1], dim=1)
     assert torch.equal(packed.load(f"{UP}.weight"), exact.float().to(torch.bfloat16))
 
 
