@@ -71,6 +71,8 @@ def write_compressed_tensors(
         raise UsageError(
             f"the format compressed-tensors has no values {values!r}", did_you_mean(values, known)
         )
+    _check_choice("scales", scales, ("channel", "tensor"))
+    _check_choice("era", era, ("0.9", "0.8"))
     if era == "0.8" and values in _LARGEST:
         raise UsageError(
             "compressed-tensors 0.8 read no quantised weights in a sparse form",
@@ -146,6 +148,7 @@ def write_marlin24(
         ModelError: the model is damaged, or has no linear that fits.
         UsageError: the output exists, or the arguments do not go together.
     """
+    _check_choice("scales", scales, ("group", "channel"))
     refuse_existing(Path(output), overwrite)
     source = open_source(model, packed=True)
     kind, bits = values or source.values, 4
@@ -233,6 +236,11 @@ def round_rows(
     if values == "int8":
         return rounded.round_().to(torch.int8), scale
     return rounded.to(torch.float8_e4m3fn), scale
+
+
+def _check_choice(flag: str, chosen: str, choices: tuple[str, ...]) -> None:
+    if chosen not in choices:
+        raise UsageError(f"--{flag} {chosen!r} is not possible here", f"use {' or '.join(choices)}")
 
 
 def _by_row(work: _Export, tensor: str, bits: int) -> Quantised:

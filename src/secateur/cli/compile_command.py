@@ -90,11 +90,6 @@ def compile_(
     text = {"data": data, "samples": samples, "length": length, "seed": seed}
     special, walk, text = (_given(options) for options in (special, walk, text))
     options: dict[str, Any] = {"values": values, "overwrite": overwrite}
-    for flag, choices in {"scales": ("channel", "tensor", "group"), "era": ("0.9", "0.8")}.items():
-        if special.get(flag, choices[0]) not in choices:
-            raise UsageError(
-                f"--{flag} {special[flag]!r} is not known", f"choose {' or '.join(choices)}"
-            )
     given, taken = special | walk | text, form.options
     if values in form.walks:
         taken |= {*walk, *text}

@@ -135,7 +135,7 @@ def formats(json: Json = False) -> None:
         emit([{"name": name, "summary": form.description} for name, form in FORMATS.items()])
         return
     for name, form in FORMATS.items():
-        print(f"{name:10} {form.description}")
+        print(f"{name:18} {form.description}")
 
 
 @app.command()
