@@ -27,7 +27,7 @@ from secateur.compile.quantize import Quantised
 from secateur.errors import ModelError
 from secateur.orphans import compression_of, recognise, without_compression
 
-GROUP = 128  # columns that share a scale, of the integers that are handed on
+GROUP = marlin24.GROUP  # columns that share a scale, of the integers that are handed on
 _MARLIN = {".weight_packed": (".meta", ".scale_packed"), ".B_24": (".B_meta", ".s")}
 _SCALE, _ZERO = ".weight_scale", ".weight_zero_point"
 _BESIDE = (_SCALE, _ZERO, ".weight_g_idx", ".weight_global_scale")

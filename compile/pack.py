@@ -13,6 +13,7 @@ from secateur.artifact import Artifact, Manifest, library_versions, refuse_exist
 from secateur.checkpoint import CONFIG, write_json
 from secateur.compile.calibrate import FOLDER, Blocks, Quantizer, usual_text
 from secateur.compile.config import BITMASK, LIMITS, SCALES, VALUES, PackedConfig, PackedLayer
+from secateur.compile.orphan import GROUP
 from secateur.compile.packed import encode, encode_integers
 from secateur.compile.report import LayerReport, PackReport
 from secateur.compile.shards import write_shards
@@ -78,7 +79,7 @@ def pack_model(
     if values not in LIMITS:
         calibration = None
         if values is None and source.values is not None:
-            settings = settings.model_copy(update={"values": source.values, "group_size": 128})
+            settings = settings.model_copy(update={"values": source.values, "group_size": GROUP})
     elif calibration is None and quantize == "gptq":
         calibration = Calibration(data=usual_text(source.recipe))
     keep = values is None and source.values is not None

@@ -60,10 +60,20 @@ def mask_of(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         return torch.ones_like(kept)
     blocks = kept.view(-1, pattern.rows, kept.shape[1]).any(dim=1)
     if pattern.is_nm:
+        missing = pattern.n - _counts(blocks, pattern.m)
+        short = missing > 0
         groups = blocks.view(len(blocks), -1, pattern.m)
-        missing = pattern.n - groups.sum(dim=2, keepdim=True)
-        blocks = (groups | (~groups & ((~groups).cumsum(dim=2) <= missing))).view(blocks.shape)
+        free = ~groups[short]
+        groups[short] |= free & (free.cumsum(dim=1) <= missing[short][:, None])
     return blocks.repeat_interleave(pattern.rows, dim=0)
+
+
+def _counts(kept: torch.Tensor, window: int) -> torch.Tensor:
+    """How many of each window of columns a mask keeps, uint8 ``[rows, columns / window]``."""
+    counts = kept[:, 0::window].to(torch.uint8)
+    for i in range(1, window):  # column by column: torch is slow at sums of few elements
+        counts += kept[:, i::window].view(torch.uint8)
+    return counts
 
 
 def _of_rows(kept: torch.Tensor, zeros: float, height: int) -> Pattern:
@@ -72,7 +82,7 @@ def _of_rows(kept: torch.Tensor, zeros: float, height: int) -> Pattern:
     for window in _WINDOWS:
         if kept.shape[1] % window:
             continue
-        most = int(kept.view(len(kept), -1, window).sum(dim=2).max())
+        most = int(_counts(kept, window).max())
         removed = 1 - Fraction(most, window)
         narrower = best is None or removed > best.removed
         if 0 < most < window and _fits(float(removed), zeros) and narrower:
