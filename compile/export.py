@@ -255,6 +255,8 @@ def _no_marlin(source: Source, name: str) -> str | None:
     pattern = source.patterns.get(name)
     if pattern is None or (pattern.n, pattern.m) != (2, 4):
         return source.kept_dense.get(name) or f"its pattern is {pattern}, not 2:4"
+    if source.values is not None and not source.decoded(name + ".weight"):
+        return "it is not quantised"
     return marlin24.obstacle(*source.layers[name].shape)
 
 
@@ -337,7 +339,11 @@ class _Export:
         if not source.patterns:
             raise ModelError(f"{checkpoint.path} has no pruned linear", "prune it first")
         recipe = {"compile": {"format": self.format, **recipe}}
-        origin = source.provenance()
+        origin, notes = source.provenance(), list(source.notes)
+        decoded = [name for name in source.layers if source.decoded(name + ".weight")]
+        if decoded and method != "kept":
+            named = VALUE_TYPES[self.named]
+            notes.append(f"{len(decoded)} linears with scales became {self.floats or named} first")
 
         def counted(tensor: str) -> Mapping[str, torch.Tensor]:
             parts = stored(tensor)
@@ -357,7 +363,7 @@ class _Export:
                 recipe=source.recipe | recipe,
                 seed=source.seed,
                 layers={name: self._facts(name) for name in source.layers},
-                notes=source.notes,
+                notes=notes,
             )
             seconds = time.perf_counter() - started
             artifact.commit(manifest, {"compile": {"seconds": seconds}})
@@ -370,7 +376,7 @@ class _Export:
             quantize=method if self.values is not None and self.floats is None else None,
             layers=self.reports,
             kept_dense=source.kept_dense,
-            notes=source.notes,
+            notes=notes,
             linears_dense_bytes=dense,
             linears_packed_bytes=packed,
             source_bytes=read,

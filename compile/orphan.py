@@ -187,7 +187,7 @@ class OrphanCheckpoint(Checkpoint):
         """
         found = self.scaled(name)
         if found is None or found.values.dtype != torch.int8:
-            return "its values are not integers"
+            return "its values are fp8"
         if found.zeros is not None and bool((found.zeros != 0).any()):
             return "its integers are not symmetric"
         if int(found.values.min()) < -LIMITS["int8"]:

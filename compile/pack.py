@@ -25,7 +25,7 @@ from secateur.compile.values import (
     dtype_of,
     with_dtype,
 )
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UsageError
 from secateur.pattern import Pattern
 from secateur.recipe import Calibration, Compile, ValueType, validate
 
@@ -68,7 +68,8 @@ def pack_model(
         ModelError: the input is not a pruned model, or a mask, a pattern and the weights
             contradict each other, or a value does not fit ``values``; names the tensor. Or the
             text cannot be read.
-        UsageError: the output exists, or an argument has an unknown value.
+        UsageError: the output exists, an argument has an unknown value, or an orphan is to write
+            its own text.
     """
     started = time.perf_counter()
     check_value_type(values)
@@ -82,6 +83,11 @@ def pack_model(
             settings = settings.model_copy(update={"values": source.values, "group_size": GROUP})
     elif calibration is None and quantize == "gptq":
         calibration = Calibration(data=usual_text(source.recipe))
+    if calibration is not None and calibration.data == "self" and source.kind == "orphan":
+        raise UsageError(
+            f"{pruned} cannot write its own calibration text: no engine runs it as it is",
+            "name a text with --data (pydoc needs no file), or use --quantize rtn",
+        )
     keep = values is None and source.values is not None
     recipe = {"compile": recorded(settings, calibration, keep)}
     origin = source.provenance()
@@ -319,10 +325,12 @@ class _Packer:
 
     def _notes(self) -> list[str]:
         """The notes of the source, and what was lost."""
-        if not self.rounding:
-            return self.source.notes
-        return [
-            *self.source.notes,
-            f"{len(self.rounding)} weights are products with their scales, rounded: relative "
-            f"error {max(self.rounding):.1e} at most",
-        ]
+        notes = list(self.source.notes)
+        if self.source.loss is not None and self.quantizer is None:
+            notes.append(self.source.loss)
+        if self.rounding:
+            notes.append(
+                f"{len(self.rounding)} weights are products with their scales, rounded: relative "
+                f"error {max(self.rounding):.1e} at most"
+            )
+        return notes

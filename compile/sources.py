@@ -44,10 +44,12 @@ class Source:
         seed, recipe: how it was pruned, as far as that is known.
         values: int8 or int4 if all quantised linears can be stored as such without rounding, with a
             scale for each 128 columns; see `integers`.
+        loss: why they cannot, if there are any.
     """
 
     kind = "pruned"
     values: ValueType | None = None
+    loss: str | None = None
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -187,9 +189,9 @@ class ZerosSource(Source):
                 limit = max(limit, int(found.values.abs().max()))
                 four |= int(found.values.min()) == -LIMITS["int4"] - 1
         if obstacles:
-            self.notes.append(
-                f"{len(obstacles)} of {len(quantised)} quantised linears cannot keep their "
-                f"integers, so all become floats; the first is {obstacles[0]}"
+            self.loss = (
+                f"{len(obstacles)} of {len(quantised)} quantised linears have no form of packed "
+                f"integers, so all became floats; the first is {obstacles[0]}"
             )
         elif quantised:
             self.values = "int4" if limit <= LIMITS["int4"] else "int8"

@@ -232,7 +232,7 @@ LOSSES: list[tuple[str, Callable[[Tensors], object], str]] = [
         lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(48, 1, dtype=torch.int8)}),
         "not symmetric",
     ),
-    ("24-fp8", lambda t: None, "its values are not integers"),
+    ("24-fp8", lambda t: None, "its values are fp8"),
 ]
 
 
