@@ -16,8 +16,9 @@ from secateur.checkpoint import Checkpoint, write_json
 from secateur.compile import pack_model, read_packed, write_dense
 from secateur.compile.marlin24 import Marlin24, pack, unpack
 from secateur.compile.orphan import OrphanCheckpoint
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UsageError
 from secateur.orphans import recognise
+from secateur.recipe import Calibration
 from tests.compile.conftest import rewrite
 from tests.compile.orphans import FORMS, write_orphan
 
@@ -358,6 +359,16 @@ def test_damaged_checkpoints(
         pack_model(made, tmp_path / "packed")
     assert said in told.value.what
     assert list(tmp_path.iterdir()) == [made]
+
+
+def test_an_orphan_writes_no_text_of_its_own(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write its own calibration text"):
+        pack_model(
+            home / "24", tmp_path / "out", values="int4", calibration=Calibration(data="self")
+        )
+    report = pack_model(home / "24-fp8", tmp_path / "out", values="int4", quantize="rtn")
+    assert (report.values, len(report.layers)) == ("int4", 14)
+    assert not any("became floats" in note for note in report.notes)
 
 
 def test_rotations_are_refused(orphan: Callable[[str], Path]) -> None:
