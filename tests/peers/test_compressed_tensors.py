@@ -23,6 +23,8 @@ from secateur.compile.orphan import OrphanCheckpoint
 from tests.compile.conftest import prune_by_hand, rewrite
 from tests.compile.orphans import away_from_zero
 
+pytestmark = pytest.mark.timeout(900)  # two processes that import torch and transformers
+
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / "out" / "peers"
 
@@ -92,12 +94,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         own[-1]["to"] = str(folder / f"{name}.written")
         if not case.marlin:  # which no release could read
             own.append({"read": str(folder / name), "to": str(folder / f"{name}.read")})
-    for release, own in jobs.items():
-        run_release(release, own, folder)
+    running = [start_release(release, own, folder) for release, own in jobs.items()]
+    for process in running:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-3000:]
     return folder
 
 
-def run_release(release: str, jobs: list[dict[str, str]], folder: Path) -> None:
+def start_release(release: str, jobs: list[dict[str, str]], folder: Path) -> subprocess.Popen[str]:
     library = PEERS / f"compressed-tensors-{release}"
     if not library.is_dir():
         pytest.fail(f"{library.relative_to(ROOT)} is missing: run `make peers` first")
@@ -105,8 +109,8 @@ def run_release(release: str, jobs: list[dict[str, str]], folder: Path) -> None:
     file.write_text(json.dumps(jobs))
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("release.py")), file]
     environment = os.environ | {"PYTHONPATH": str(library)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=environment, text=True, **streams)
 
 
 def dense_and_scales(directory: Path) -> dict[str, torch.Tensor]:
