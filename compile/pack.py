@@ -1,4 +1,4 @@
-"""From a pruned model directory to a packed one: every mask verified, one shard in memory."""
+"""From a pruned model directory, or an orphaned checkpoint, to a packed one, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,30 +9,25 @@ from typing import Any
 
 import torch
 
-from secateur.architecture import ARCHITECTURES
 from secateur.artifact import Artifact, Manifest, library_versions, refuse_existing
-from secateur.bits import unpack_mask
-from secateur.checkpoint import (
-    CONFIG,
-    INDEX,
-    Checkpoint,
-    file_sha256,
-    save_tensors,
-    write_index,
-    write_json,
-)
+from secateur.checkpoint import CONFIG, write_json
 from secateur.compile.calibrate import FOLDER, Blocks, Quantizer, usual_text
 from secateur.compile.config import BITMASK, LIMITS, SCALES, VALUES, PackedConfig, PackedLayer
-from secateur.compile.packed import encode
+from secateur.compile.orphan import GROUP
+from secateur.compile.packed import encode, encode_integers
 from secateur.compile.report import LayerReport, PackReport
-from secateur.compile.stored import open_safely
-from secateur.compile.values import VALUE_TYPES, check_value_type, convert, with_dtype
-from secateur.errors import ModelError
+from secateur.compile.shards import write_shards
+from secateur.compile.sources import Source, open_source
+from secateur.compile.values import (
+    VALUE_TYPES,
+    check_value_type,
+    convert,
+    dtype_of,
+    with_dtype,
+)
+from secateur.errors import ModelError, UsageError
 from secateur.pattern import Pattern
 from secateur.recipe import Calibration, Compile, ValueType, validate
-
-MASKS = "masks.safetensors"
-_PRUNE_AGAIN = "prune the model again with `secateur prune`"
 
 
 def pack_model(
@@ -47,17 +42,20 @@ def pack_model(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> PackReport:
-    """Pack a pruned model directory.
+    """Pack a pruned model directory, or a sparse checkpoint of another program.
 
     Integer values are for the linears of the blocks, also for those that pruning left dense; all
     other weights stay as they are. The same arguments give the same bytes, and a quantising run
     that was cut off goes on after its last block when it is repeated.
 
     Args:
-        pruned: directory written by `secateur prune`.
+        pruned: directory written by `secateur prune`, or one that `OrphanCheckpoint` reads: its
+            patterns are those of its zeros.
         output: directory to make; it appears whole or not at all.
         values: fp32, bf16, fp16: convert all floating-point weights of the model to this type;
-            int8, int4: quantise; None: leave the weights as they are.
+            int8, int4: quantise; None: leave the weights as they are. Integers of an orphan stay
+            integers if none has to be rounded; else, and if they are fp8, their products with the
+            scales become the type that its config names.
         group_size: int8, int4: columns that share a scale: 32, 64 or 128.
         quantize: int8, int4: gptq, or rtn (round to nearest).
         calibration: the text that gptq reads; None: that of the pruning, if it is at hand, else
@@ -70,47 +68,49 @@ def pack_model(
         ModelError: the input is not a pruned model, or a mask, a pattern and the weights
             contradict each other, or a value does not fit ``values``; names the tensor. Or the
             text cannot be read.
-        UsageError: the output exists, or an argument has an unknown value.
+        UsageError: the output exists, an argument has an unknown value, or an orphan is to write
+            its own text.
     """
     started = time.perf_counter()
     check_value_type(values)
     chosen = {"values": values, "group_size": group_size, "quantize": quantize, "device": device}
     settings = validate(Compile, chosen, "compile")
     refuse_existing(Path(output), overwrite)  # before hashing, not after it
-    source = Checkpoint(pruned)
-    facts = Manifest.read(pruned)
-    if facts.kind != "pruned":
-        raise ModelError(f"{pruned} is a {facts.kind} model, not a pruned one", _PRUNE_AGAIN)
-    _refuse_other_modules(source, facts)
+    source = open_source(pruned)
     if values not in LIMITS:
         calibration = None
+        if values is None and source.values is not None:
+            settings = settings.model_copy(update={"values": source.values, "group_size": GROUP})
     elif calibration is None and quantize == "gptq":
-        calibration = Calibration(data=usual_text(facts.recipe))
-    recipe = {"compile": recorded(settings, calibration)}
-    hashes = source.sha256() | {MASKS: _masks_sha256(source.path)}
-    identity = {"kind": "packed", "source": hashes, **recipe}
+        calibration = Calibration(data=usual_text(source.recipe))
+    if calibration is not None and calibration.data == "self" and source.kind == "orphan":
+        raise UsageError(
+            f"{pruned} cannot write its own calibration text: no engine runs it as it is",
+            "name a text with --data (pydoc needs no file), or use --quantize rtn",
+        )
+    keep = values is None and source.values is not None
+    recipe = {"compile": recorded(settings, calibration, keep)}
+    origin = source.provenance()
+    identity = {"kind": "packed", "source": origin["files"], **recipe}
     with Artifact(output, identity, overwrite) as artifact:
         packer = None
         try:
-            packer = _Packer(source, facts, settings, calibration)
+            packer = _Packer(source, settings, calibration, keep)
             packer.quantise(artifact.path / FOLDER, quiet)
-            for file in source.files:
-                save_tensors(artifact.path / file.name, packer.shard(file))
+            packer.source_bytes, packer.packed_bytes = write_shards(
+                artifact.path, source.checkpoint, packer.stored
+            )
             shutil.rmtree(artifact.path / FOLDER, ignore_errors=True)
-            if (source.path / INDEX).exists():
-                write_index(artifact.path, [artifact.path / file.name for file in source.files])
             report = packer.report(Path(output))
             write_json(artifact.path / CONFIG, packer.config())
-            for companion in source.companions():
-                shutil.copyfile(companion, artifact.path / companion.name)
             manifest = Manifest(
                 kind="packed",
                 versions=library_versions("torch", "safetensors"),
-                source={"kind": "pruned", "files": hashes, "source": facts.source},
-                recipe=facts.recipe | recipe,
-                seed=facts.seed,
+                source=origin,
+                recipe=source.recipe | recipe,
+                seed=source.seed,
                 layers=packer.facts,
-                notes=facts.notes,
+                notes=report.notes,
             )
         except BaseException:  # keep only what is worth resuming
             if packer is None or packer.blocks is None or not packer.blocks.begun:
@@ -120,120 +120,99 @@ def pack_model(
     return report.model_copy(update={"seconds": time.perf_counter() - started})
 
 
-def recorded(settings: Compile, calibration: Calibration | None) -> dict[str, Any]:
-    """What the manifest's recipe says of a compilation: all that decides its result."""
+def recorded(
+    settings: Compile, calibration: Calibration | None, keep: bool = False
+) -> dict[str, Any]:
+    """What the manifest's recipe says of a compilation: all that decides its result.
+
+    Args:
+        settings, calibration: as of the command.
+        keep: the integers are those of the source.
+    """
     kept: dict[str, Any] = {"format": "packed", "values": settings.values}
     if settings.values in LIMITS:
         kept |= {"group_size": settings.group_size, "quantize": settings.quantize}
         kept |= {"calibration": calibration.model_dump() if calibration else None}
-    return kept
-
-
-def _refuse_other_modules(source: Checkpoint, facts: Manifest) -> None:
-    """The packed form is read back into ``torch.nn.Linear`` modules of the same names."""
-    kind = source.config.get("model_type", "")
-    architecture = ARCHITECTURES.get(kind)
-    renamed = architecture is not None and (architecture.experts or architecture.stored)
-    if renamed or any(layer.transposed for layer in facts.layers.values()):
-        raise ModelError(
-            f"{kind} models cannot be packed: transformers holds their weights fused, transposed, "
-            "or under other names",
-            "use the pruned directory as it is; it is an ordinary model with zeros in place",
-        )
-
-
-def _masks_sha256(directory: Path) -> str:
-    if not (directory / MASKS).is_file():
-        raise ModelError(
-            f"{directory} has no {MASKS}: it is not a pruned model, or was copied in part",
-            "make it with `secateur prune`, or copy the whole directory",
-        )
-    return file_sha256(directory / MASKS)
+    return kept | {"quantize": "kept"} if keep else kept
 
 
 class _Packer:
     """Packs shard after shard and keeps count of what became of each layer."""
 
     def __init__(
-        self,
-        source: Checkpoint,
-        pruned: Manifest,
-        settings: Compile,
-        calibration: Calibration | None,
+        self, source: Source, settings: Compile, calibration: Calibration | None, keep: bool
     ) -> None:
         self.source = source
         self.settings = settings
         self.calibration = calibration
         self.values = values = settings.values
+        self.keep = keep
         self.quantizer: Quantizer | None = None
         self.blocks: Blocks | None = None
         if values in LIMITS:
             self.quantizer = Quantizer(values, settings.group_size, settings.quantize)
         self.layers: dict[str, PackedLayer] = {}
         self.reports: dict[str, LayerReport] = {}
-        self.facts = dict(pruned.layers)
-        self.kept_dense = {
-            name: layer.kept_dense or "its pattern is dense"
-            for name, layer in pruned.layers.items()
-            if layer.kept_dense is not None or layer.pattern == "dense"
-        }
-        self.patterns = {
-            name: Pattern() if name in self.kept_dense else Pattern.parse(layer.pattern)
-            for name, layer in pruned.layers.items()
-            if self.quantizer is not None or name not in self.kept_dense
-        }
+        self.facts = dict(source.layers)
+        self.patterns = dict(source.patterns)
+        if keep:
+            integers = [name for name in source.layers if source.decoded(name + ".weight")]
+            self.patterns = {name: source.patterns.get(name, Pattern()) for name in integers}
+        elif self.quantizer is not None:
+            self.patterns |= {name: Pattern() for name in source.kept_dense}
         self.value_type: ValueType | None = values  # until the first packed linear tells it
-        self.dense_bytes = self.packed_bytes = 0
-        self.masks = open_safely(source.path / MASKS)
-        self._check_names()
-
-    def _check_names(self) -> None:
-        """Manifest, masks and weights must speak of the same linears."""
-        masked = {tensor.removesuffix(".weight") for tensor in self.masks.keys()}  # noqa: SIM118
-        for name, pattern in self.patterns.items():
-            if name not in masked and not pattern.is_dense:
-                raise ModelError(
-                    f"{MASKS} has no mask {name + '.weight'!r}, which the manifest calls pruned",
-                    _PRUNE_AGAIN,
-                )
-            if name + ".weight" not in self.source:
-                raise ModelError(f"the model has no tensor {name + '.weight'!r}", _PRUNE_AGAIN)
-        if stray := sorted(masked - (self.patterns.keys() - self.kept_dense.keys())):
-            raise ModelError(
-                f"{MASKS} has a mask {stray[0] + '.weight'!r}, which the manifest does not "
-                "call pruned",
-                _PRUNE_AGAIN,
-            )
+        self.source_bytes = self.dense_bytes = self.packed_bytes = 0
+        self.rounding: list[float] = []
         if not self.patterns:
-            raise ModelError(f"{self.source.path} has no pruned layer to pack", _PRUNE_AGAIN)
+            why = next(iter(source.kept_dense.items()), None)
+            said = f"; {why[0]} is not: {why[1]}" if why else ""
+            raise ModelError(
+                f"{source.checkpoint.path} has no pruned layer to pack{said}",
+                "prune it first, with `secateur prune`",
+            )
 
     def quantise(self, folder: Path, quiet: bool) -> None:
         """Take the walk that quantising takes, if it takes one."""
         if self.quantizer is not None and self.calibration is not None:
-            self.blocks = Blocks(folder, self.source, self.patterns)
+            self.blocks = Blocks(folder, self.source.checkpoint, self.patterns)
             text, device = self.calibration, self.settings.device
             self.blocks.run(self.quantizer, text, self._mask_of, device, quiet)
 
-    def shard(self, file: Path) -> dict[str, torch.Tensor]:
-        """The tensors that take the place of those of one source file."""
-        stored: dict[str, torch.Tensor] = {}
-        with open_safely(file) as handle:
-            names = sorted(handle.keys())
-        for tensor in names:
-            weight = convert(tensor, self.source.load(tensor), self.values)
-            layer = tensor.removesuffix(".weight")
-            if tensor.endswith(".weight") and layer in self.patterns:
-                pack = self._pack if self.quantizer is None else self._pack_integers
-                stored |= {layer + end: piece for end, piece in pack(layer, weight).items()}
-                self.dense_bytes += self.reports[layer].dense_bytes
-                continue
-            stored[tensor] = weight
-            self.dense_bytes += weight.nbytes
-            if tensor.endswith(".weight") and layer in self.facts:
-                size = {"dense_bytes": weight.nbytes, "bytes": weight.nbytes}
-                self.facts[layer] = self.facts[layer].model_copy(update=size)
-        self.packed_bytes += sum(tensor.nbytes for tensor in stored.values())
-        return stored
+    def stored(self, tensor: str) -> dict[str, torch.Tensor]:
+        """What takes the place of a tensor of the dense model, by name."""
+        layer = tensor.removesuffix(".weight")
+        if tensor.endswith(".weight") and layer in self.patterns:
+            stored = self._layer(layer, tensor)
+            self.dense_bytes += self.reports[layer].dense_bytes
+            return stored
+        weight = self._converted(tensor)
+        self.dense_bytes += weight.nbytes
+        if tensor.endswith(".weight") and layer in self.facts:
+            size = {"dense_bytes": weight.nbytes, "bytes": weight.nbytes}
+            self.facts[layer] = self.facts[layer].model_copy(update=size)
+        return {tensor: weight}
+
+    def _layer(self, name: str, tensor: str) -> dict[str, torch.Tensor]:
+        """The tensors of a packed linear by their names."""
+        if self.keep:
+            parts = self._keep_integers(name)
+        else:
+            pack = self._pack if self.quantizer is None else self._pack_integers
+            parts = pack(name, self._converted(tensor))
+        return {name + end: piece for end, piece in parts.items()}
+
+    def _converted(self, tensor: str) -> torch.Tensor:
+        """A tensor in the wanted type; what has scales becomes the type that the config names."""
+        weight = self.source.checkpoint.load(tensor)
+        wanted = self.values
+        named = VALUE_TYPES[dtype_of(self.source.checkpoint.config)]
+        if self.source.decoded(tensor) and (wanted is None or self.keep):
+            wanted = named
+        converted = convert(tensor, weight, wanted)
+        if self.source.decoded(tensor) and converted.dtype != weight.dtype:
+            lost = (converted.float() - weight).norm() / weight.norm().clamp_min(1e-30)
+            self.rounding.append(float(lost))
+        return converted
 
     def _pack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of a linear with floating-point values, by the end of their names."""
@@ -245,7 +224,8 @@ class _Packer:
                 f"packed weights are all {self.value_type or 'fp32, bf16 or fp16'}",
                 "convert the whole model with --values fp32, bf16 or fp16",
             )
-        layer, bitmask, values = encode(weight, self._mask(name, weight), self.patterns[name])
+        mask = self.source.mask(name, weight)
+        layer, bitmask, values = encode(weight, mask, self.patterns[name])
         tensors = {BITMASK: bitmask, VALUES: values}
         self._note(name, layer, weight.nbytes, tensors, {})
         return tensors
@@ -256,12 +236,24 @@ class _Packer:
         if self.blocks is not None:
             solved = self.blocks.load(name)
         else:
-            mask, pattern = self._mask(name, weight), self.patterns[name]
+            mask, pattern = self.source.mask(name, weight), self.patterns[name]
             solved = self.quantizer.solve(name, weight.float(), mask, pattern, None)
         bits = 4 if self.values == "int4" else 8
         dense = -(-weight.numel() * bits // 8) + solved.tensors[SCALES].nbytes
         self._note(name, solved.layer, dense, solved.tensors, {"quantize": solved.facts})
         return solved.tensors
+
+    def _keep_integers(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a linear whose integers and scales are those of the source."""
+        assert self.values is not None
+        found = self.source.integers(name)
+        assert found is not None
+        mask, pattern = self.source.mask(name, found.values), self.patterns[name]
+        layer, tensors = encode_integers(found, mask, pattern, self.values)
+        bits = 4 if self.values == "int4" else 8
+        dense = -(-found.values.numel() * bits // 8) + tensors[SCALES].nbytes
+        self._note(name, layer, dense, tensors, {"quantize": {"method": "kept"}})
+        return tensors
 
     def _note(
         self,
@@ -294,39 +286,12 @@ class _Packer:
 
     def _mask_of(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The verified mask of a linear, given its weight as stored."""
-        return self._mask(name, convert(name + ".weight", weight, None))
-
-    def _mask(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The mask of a linear, verified against its pattern and its weights."""
-        tensor, pattern = name + ".weight", self.patterns[name]
-        if weight.ndim != 2:
-            raise ModelError(f"tensor {tensor!r} has {weight.ndim} axes, not 2", _PRUNE_AGAIN)
-        if pattern.is_dense:
-            return torch.ones_like(weight, dtype=torch.bool)
-        rows, columns = weight.shape
-        bits = self.masks.get_tensor(tensor)
-        try:
-            if bits.ndim == 2 and bits.shape[0] * pattern.rows != rows:
-                raise ValueError(f"{bits.shape[0]} rows of bits for {rows} rows of {pattern}")
-            mask = unpack_mask(bits, columns, pattern.rows)
-            pattern.check(mask)
-        except ValueError as fault:
-            raise ModelError(
-                f"the mask of {tensor!r} is not valid: {fault}", _PRUNE_AGAIN
-            ) from fault
-        if (alive := (weight != 0) & ~mask).any():
-            row, column = (int(i) for i in alive.nonzero()[0])
-            raise ModelError(
-                f"tensor {tensor!r} is {float(weight[row, column]):g} at row {row}, column "
-                f"{column}, which its mask removes",
-                _PRUNE_AGAIN,
-            )
-        return mask
+        return self.source.mask(name, convert(name + ".weight", weight, None))
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the packed model."""
         assert self.value_type is not None
-        config = with_dtype(self.source.config, self.values)
+        config = with_dtype(self.source.checkpoint.config, self.values)
         layers = dict(sorted(self.layers.items()))
         packed = PackedConfig.of(self.value_type, self.settings.group_size, layers)
         return config | {"quantization_config": packed.model_dump(mode="json")}
@@ -339,15 +304,33 @@ class _Packer:
             output=str(output),
             values=self.value_type,
             group_size=self.settings.group_size if quantised else None,
-            quantize=self.settings.quantize if quantised else None,
+            quantize=self._method(),
             calibration=self.calibration,
             calibration_tokens=self.blocks.tokens if self.blocks else None,
             layers=self.reports,
-            kept_dense=self.kept_dense,
+            kept_dense=self.source.kept_dense,
+            notes=self._notes(),
             linears_dense_bytes=sum(layer.dense_bytes for layer in self.reports.values()),
             linears_packed_bytes=sum(layer.packed_bytes for layer in self.reports.values()),
-            source_bytes=sum(self.source.nbytes(name) for name in self.source.names()),
+            source_bytes=self.source_bytes,
             dense_bytes=self.dense_bytes,
             packed_bytes=self.packed_bytes,
             seconds=0.0,
         )
+
+    def _method(self) -> str | None:
+        if self.quantizer is None:
+            return None
+        return "kept" if self.keep else self.settings.quantize
+
+    def _notes(self) -> list[str]:
+        """The notes of the source, and what was lost."""
+        notes = list(self.source.notes)
+        if self.source.loss is not None and self.quantizer is None:
+            notes.append(self.source.loss)
+        if self.rounding:
+            notes.append(
+                f"{len(self.rounding)} weights are products with their scales, rounded: relative "
+                f"error {max(self.rounding):.1e} at most"
+            )
+        return notes

@@ -24,6 +24,7 @@ from secateur.compile import stored
 from secateur.compile.bitmask import expand, pack_nibbles, pack_values
 from secateur.compile.config import (
     BITMASK,
+    LIMITS,
     QUANT_METHOD,
     SCALES,
     VALUES,
@@ -34,6 +35,7 @@ from secateur.compile.quantize import Quantised, scaled
 from secateur.compile.stored import Pieces, check_headers
 from secateur.compile.values import VALUE_TYPES
 from secateur.errors import ModelError
+from secateur.orphans import without_compression
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
 
@@ -213,6 +215,15 @@ class PackedModel:
             return decode(name, self.layers[name], bitmask, values, scales, size, dtype)
         return self.checkpoint.load(tensor)
 
+    def integers(self, name: str) -> Quantised:
+        """The integers and scales of the packed linear ``name``, of int8 and int4 values."""
+        found, size = self.pieces(name), self.config.group_size
+        assert found.scales is not None
+        assert size is not None
+        kept = torch.from_numpy(stored.integers_of(name, found.layer, found.values))
+        values = expand(kept, self.mask(name))
+        return Quantised(values, torch.from_numpy(found.scales), size)
+
     def pieces(self, name: str) -> Pieces:
         """The packed linear ``name`` as it is stored, with every check of `load`."""
         bitmask, scales = self._stored(name, BITMASK), self._stored(name, SCALES)
@@ -224,6 +235,49 @@ class PackedModel:
         """A tensor of a packed linear, where it has one."""
         called_for = name + end in self.config.stored(name)
         return self.checkpoint.load(name + end) if called_for else None
+
+
+class PackedCheckpoint(Checkpoint):
+    """A packed model whose names and tensors are those of its dense model.
+
+    Attributes:
+        packed: the same directory as it is stored.
+        config: without ``quantization_config``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.packed = PackedModel(path)
+        self.config = without_compression(self.config)
+
+    def names(self) -> list[str]:
+        """The names of all tensors of the dense model, sorted."""
+        return self.packed.names()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.packed.names()
+
+    def _stored(self, name: str) -> list[str]:
+        layer = name.removesuffix(".weight")
+        expanded = name.endswith(".weight") and layer in self.packed.layers
+        return list(self.packed.config.stored(layer)) if expanded else [name]
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor, or its values."""
+        return super().file_of(self._stored(name)[0])
+
+    def nbytes(self, name: str) -> int:
+        """The bytes that a tensor takes as it is stored."""
+        stored = self.packed.checkpoint
+        return sum(stored.nbytes(part) for part in self._stored(name))
+
+    def decoded(self, name: str) -> bool:
+        """Whether a tensor is stored as integers, and loaded as fp32."""
+        return self.packed.config.values in LIMITS and self._stored(name) != [name]
+
+    def load(self, name: str) -> torch.Tensor:
+        """A tensor of the dense model."""
+        return self.packed.load(name)
 
 
 def read_packed(path: str | Path) -> PackedModel:

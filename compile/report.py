@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel
 
 from secateur.recipe import Calibration, ValueType
@@ -34,11 +36,13 @@ class PackReport(BaseModel):
     Attributes:
         output: the directory.
         values: type of the stored weights; None: as they were.
-        group_size, quantize: of int8 and int4: columns that share a scale, and the method.
+        group_size, quantize: of int8 and int4: columns that share a scale, and the method;
+            "kept": the integers are those of the source.
         calibration, calibration_tokens: the text that was asked for, and how much of it there was;
             None if none was read.
         layers: the packed linears by module name.
         kept_dense: the linears left dense by pruning, and why. Integers quantise them, too.
+        notes: what to know of the result; they are in its manifest, too.
         linears_dense_bytes, linears_packed_bytes: sums over `layers`.
         source_bytes: the weights of the model as they were stored.
         dense_bytes: the weights of the model in the value types of the output.
@@ -48,13 +52,14 @@ class PackReport(BaseModel):
 
     output: str
     format: str = "packed"
-    values: ValueType | None
+    values: ValueType | Literal["fp8"] | None
     group_size: int | None = None
     quantize: str | None = None
     calibration: Calibration | None = None
     calibration_tokens: int | None = None
     layers: dict[str, LayerReport]
     kept_dense: dict[str, str]
+    notes: list[str] = []
     linears_dense_bytes: int
     linears_packed_bytes: int
     source_bytes: int

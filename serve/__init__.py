@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from secateur.checkpoint import Checkpoint
 from secateur.errors import UsageError, did_you_mean
+from secateur.orphans import refuse_orphan
 from secateur.serve.native import NativeOptions, load_native, native_obstacle
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ def load(
     """
     directory = Path(directory)
     check_engine(engine)
+    refuse_orphan(Checkpoint(directory))
     if engine == "auto":
         obstacle = native_obstacle(directory)
         engine = "native" if obstacle is None else "transformers"

@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from secateur.checkpoint import Checkpoint, merge_tensors, save_tensors, write_index
+from secateur.checkpoint import (
+    Checkpoint,
+    TensorWriter,
+    _read_header,
+    merge_tensors,
+    save_tensors,
+    write_index,
+)
 from secateur.errors import ModelError
+
+WRITTEN = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64]
+WRITTEN += [torch.int8, torch.uint8, torch.bool]
 
 
 @pytest.fixture
@@ -132,3 +145,39 @@ def test_index_names_every_tensor(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {"a": "1.safetensors", "b": "2.safetensors"}
     assert index["metadata"]["total_size"] == 20
+
+
+@given(
+    tensors=st.dictionaries(
+        st.text("ab.", min_size=1),
+        st.tuples(st.sampled_from(WRITTEN), st.lists(st.integers(0, 4), max_size=3)),
+        max_size=6,
+    )
+)
+def test_tensors_written_one_by_one(tensors: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path, right = Path(folder, "model.safetensors"), {}
+        with TensorWriter(path) as writer:
+            for seed, (name, (dtype, shape)) in enumerate(tensors.items()):
+                made = torch.Generator().manual_seed(seed)
+                right[name] = torch.randn(shape, generator=made).mul(40).to(dtype)
+                writer.add(name, right[name])
+        assert [file.name for file in Path(folder).iterdir()] == [path.name]
+        found = load_file(path)
+        assert found.keys() == right.keys()
+        for name, tensor in right.items():
+            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(found[name].double(), tensor.double())
+        starts = [entry["data_offsets"][0] for entry in _read_header(path).values()]
+        sizes = [
+            torch.empty(0, dtype=tensors[name][0]).element_size() for name in _read_header(path)
+        ]
+        assert all(start % size == 0 for start, size in zip(starts, sizes, strict=True))
+
+
+def test_a_file_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), TensorWriter(tmp_path / "model.safetensors") as writer:  # noqa: PT012
+        writer.add("a", torch.ones(3))
+        writer.add("b", torch.ones(3, dtype=torch.int8))
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())

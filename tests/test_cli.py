@@ -73,7 +73,7 @@ def test_version(secateur_command: Command) -> None:
         (["prune", "TRUNCATED", "-o", "out"], 3, "is truncated"),
         (["prune", "FOREIGN", "-o", "out"], 3, "'mamba' is not supported (supported: bloom"),
         (["inspect", "nowhere"], 3, "no model directory"),
-        (["compile", "MODEL", "-o", "out"], 3, "no manifest.json"),
+        (["compile", "MODEL", "-o", "out"], 3, "has no pruned layer to pack"),
         (["run", "none.yaml"], 2, "cannot be read"),
         (["serve", "nowhere"], 3, "no model directory"),
         (["bench", "accuracy", "nowhere"], 3, "no model directory"),

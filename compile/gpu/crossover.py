@@ -6,7 +6,7 @@
 
 Kernels add in different orders, so logits may differ in their last bits with the crossover: fix it
 where results must be reproducible between machines. What was measured is kept in
-``$XDG_CACHE_HOME/secateur/crossover.json`` (``~/.cache`` without that variable), by device,
+``$SECATEUR_CACHE/crossover.json`` (``~/.cache/secateur`` without that variable), by device,
 versions, shape and type. Not yet measured on a GPU.
 """
 
@@ -24,6 +24,7 @@ import torch
 import secateur
 from secateur.compile.gpu.dispatch import BackEnd, Plan
 from secateur.errors import UsageError
+from secateur.source import cache_directory
 
 if TYPE_CHECKING:
     from secateur.compile.gpu.held import GpuMatrix
@@ -102,8 +103,7 @@ def measured(matrix: GpuMatrix, device: torch.device) -> int | None:
 
 def cache_file() -> Path:
     """Where measured crossovers are kept."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "secateur" / "crossover.json"
+    return cache_directory() / "crossover.json"
 
 
 def read_cache(file: Path) -> dict[str, int | None]:

@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from secateur.errors import ModelError
 
@@ -52,6 +52,7 @@ _TORCH_DTYPES |= {
     for kind, name in (("I", "int"), ("U", "uint"))
     for bits in (8, 16, 32, 64)
 }
+_STORED_DTYPES = {name: kind for kind, name in _TORCH_DTYPES.items()}
 
 
 class Checkpoint:
@@ -232,6 +233,61 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     os.replace(aside, path)
 
 
+class TensorWriter:
+    """A safetensors file written one tensor at a time, so that none of them stays in memory.
+
+    Use it as a context manager: the file is whole on disk at its end, or not there. The tensors lie
+    in it by the size of their elements, largest first, as readers want them aligned; until the end
+    each size has a file of its own beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._aside = path.with_name(path.name + ".writing")
+        self._entries: dict[int, list[tuple[str, dict[str, Any], int]]] = {}
+        self._parts: dict[int, IO[bytes]] = {}
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor, of any device."""
+        import torch
+
+        size = tensor.element_size()
+        if size not in self._parts:
+            self._parts[size] = self._part(size).open("wb")
+            self._entries[size] = []
+        kind = _STORED_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        entry = {"dtype": kind, "shape": list(tensor.shape)}
+        self._entries[size].append((name, entry, tensor.nbytes))
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        self._parts[size].write(flat.view(torch.uint8).numpy().data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: Any
+    ) -> None:
+        for part in self._parts.values():
+            part.close()
+        if kind is None:
+            self._join()
+        for size in self._parts:
+            self._part(size).unlink(missing_ok=True)
+
+    def _join(self) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for size in sorted(self._parts, reverse=True):
+            for name, entry, length in self._entries[size]:
+                header[name] = {**entry, "data_offsets": [offset, offset + length]}
+                offset += length
+        parts = (self._part(size) for size in sorted(self._parts, reverse=True))
+        _write_whole(self.path, header, (chunk for part in parts for chunk in _chunks(part)))
+
+    def _part(self, size: int) -> Path:
+        return self._aside.with_name(f"{self._aside.name}-{size}")
+
+
 def merge_tensors(path: Path, parts: Iterable[Path]) -> None:
     """Concatenate safetensors files into one, copying a tensor at a time."""
     parts = list(parts)
@@ -244,14 +300,18 @@ def merge_tensors(path: Path, parts: Iterable[Path]) -> None:
             length = entry["data_offsets"][1] - entry["data_offsets"][0]
             header[name] = {**entry, "data_offsets": [offset, offset + length]}
             offset += length
+    _write_whole(path, header, (chunk for part in parts for chunk in _data_of(part)))
+
+
+def _write_whole(path: Path, header: dict[str, Any], data: Iterable[bytes]) -> None:
+    """A safetensors file of a header and all its data, whole on disk or not there."""
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     aside = path.with_name(path.name + ".writing")
     with aside.open("wb") as out:
         out.write(struct.pack("<Q", len(encoded)) + encoded)
-        for part in parts:
-            for chunk in _data_of(part):
-                out.write(chunk)
+        for chunk in data:
+            out.write(chunk)
     sync_file(aside)
     os.replace(aside, path)
 
@@ -262,9 +322,13 @@ def _data_start(path: Path) -> int:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
-def _data_of(path: Path, chunk: int = 1 << 24) -> Iterator[bytes]:
+def _data_of(path: Path) -> Iterator[bytes]:
+    return _chunks(path, _data_start(path))
+
+
+def _chunks(path: Path, start: int = 0, chunk: int = 1 << 24) -> Iterator[bytes]:
     with path.open("rb") as file:
-        file.seek(_data_start(path))
+        file.seek(start)
         while data := file.read(chunk):
             yield data
 

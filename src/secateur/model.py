@@ -12,6 +12,7 @@ from secateur.architecture import Channels, architecture_of
 from secateur.checkpoint import Checkpoint
 from secateur.device import return_free_memory
 from secateur.errors import ModelError
+from secateur.orphans import refuse_orphan
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +100,7 @@ class StreamedModel:
         self.device = device
         self.dtype = dtype
         self.architecture = architecture_of(checkpoint.config)
+        refuse_orphan(checkpoint)
         if "quantization_config" in checkpoint.config:
             method = checkpoint.config["quantization_config"].get("quant_method")
             raise ModelError(
@@ -318,7 +320,8 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype | str = "auto") -> PreTr
     """
     import transformers
 
-    Checkpoint(path)  # missing and damaged files: our sentence instead of a traceback
+    # Missing and damaged files, and orphans: our sentence instead of a traceback.
+    refuse_orphan(Checkpoint(path))
     transformers.utils.logging.disable_progress_bar()  # loading takes a second or two
     try:
         model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(

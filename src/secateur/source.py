@@ -11,7 +11,10 @@ from secateur.errors import EnvironmentFault, ModelError
 
 
 def cache_directory() -> Path:
-    """Where imported models are kept: ``$SECATEUR_CACHE`` or ``~/.cache/secateur``."""
+    """Where imported models, compiled libraries and measured figures are kept.
+
+    ``$SECATEUR_CACHE`` or ``~/.cache/secateur``.
+    """
     return Path(os.environ.get("SECATEUR_CACHE") or Path.home() / ".cache" / "secateur")
 
 

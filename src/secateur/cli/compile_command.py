@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 @app.command("compile")
 def compile_(
     model: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Pruned model directory; any for --format dense.")
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Pruned model directory, or a sparse checkpoint of another program; any for "
+            "--format dense.",
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make.")],
     format_: Annotated[
@@ -28,8 +33,8 @@ def compile_(
     values: Annotated[
         str | None,
         typer.Option(
-            help="fp32, bf16 or fp16: convert all weights; int8 or int4: quantise the linears of "
-            "the blocks.  [default: the model's own]"
+            help="fp32, bf16 or fp16: convert all weights; int8, int4 or (compressed-tensors only) "
+            "fp8: quantise the linears of the blocks.  [default: the model's own]"
         ),
     ] = None,
     group_size: Annotated[
@@ -39,6 +44,17 @@ def compile_(
     quantize: Annotated[
         str | None,
         typer.Option(help="int8, int4: gptq, or rtn (round to nearest).  [default: gptq]"),
+    ] = None,
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            help="compressed-tensors: one for each row (channel) or one for all (tensor); "
+            "marlin-24: for 128 inputs (group) or each row (channel)."
+        ),
+    ] = None,
+    era: Annotated[
+        str | None,
+        typer.Option(help="Oldest compressed-tensors to read the result: 0.9 or 0.8."),
     ] = None,
     data: Annotated[
         str | None,
@@ -65,31 +81,47 @@ def compile_(
 ) -> None:
     """Store a pruned model in a smaller form: a bitmask and the weights that are left."""
     from secateur.compile import FORMATS
-    from secateur.compile.config import LIMITS
 
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_!r} is not known", did_you_mean(format_, FORMATS))
-    how = {"group_size": group_size, "quantize": quantize, "device": device}
+    form = FORMATS[format_]
+    special = {"group_size": group_size, "scales": scales, "era": era}
+    walk = {"quantize": quantize, "device": device}
     text = {"data": data, "samples": samples, "length": length, "seed": seed}
-    how, text = ({key: own[key] for key in own if own[key] is not None} for own in (how, text))
+    special, walk, text = (_given(options) for options in (special, walk, text))
     options: dict[str, Any] = {"values": values, "overwrite": overwrite}
-    if values in LIMITS and format_ == "packed":
-        options |= {**how, "calibration": _calibration(model, text, quantize), "quiet": quiet}
-    elif unused := [*how, *text]:
-        raise UsageError(
-            f"--{unused[0].replace('_', '-')} is of use to --values int8 and int4 only",
-            f"add --values int8 or int4, or drop --{unused[0].replace('_', '-')}",
-        )
-    report = FORMATS[format_].write(model, output, **options)
+    given, taken = special | walk | text, form.options
+    if values in form.walks:
+        taken |= {*walk, *text}
+    else:
+        taken -= {"group_size"}
+    if unused := [flag for flag in given if flag not in taken]:
+        _refuse(unused[0].replace("_", "-"), format_, bool(form.walks))
+    if values in form.walks:
+        options |= walk | {"calibration": _calibration(model, text, quantize), "quiet": quiet}
+    report = form.write(model, output, **options, **special)
     if json:
         emit(report.model_dump(mode="json"))
     else:
         _print(report)
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(flag: str, format_: str, walks: bool) -> NoReturn:
+    if walks and flag not in ("scales", "era"):
+        raise UsageError(
+            f"--{flag} is of use to --values int8 and int4 only",
+            f"add --values int8 or int4, or drop --{flag}",
+        )
+    raise UsageError(f"--{flag} is of no use to --format {format_}", f"drop --{flag}")
+
+
 def _calibration(model: Path, text: dict[str, Any], quantize: str | None) -> Calibration | None:
     """The text of the flags, or what stands in for it; None: rtn, which needs none."""
-    from secateur.artifact import Manifest
+    from secateur.artifact import MANIFEST, Manifest
     from secateur.compile.calibrate import usual_text
     from secateur.recipe import Calibration, validate
 
@@ -102,7 +134,9 @@ def _calibration(model: Path, text: dict[str, Any], quantize: str | None) -> Cal
             "gptq needs calibration text and --data is 'none'",
             "drop --data (the default needs no file), or use --quantize rtn without --data",
         )
-    usual = {} if "data" in text else {"data": usual_text(Manifest.read(model).recipe)}
+    known = (model / MANIFEST).exists()
+    recipe = Manifest.read(model).recipe if known else {}
+    usual = {} if "data" in text else {"data": usual_text(recipe)}
     return validate(Calibration, usual | text, "calibration")
 
 
@@ -138,6 +172,8 @@ def _print(report: PackReport) -> None:
     said = "not pruned" if report.quantize else "left dense"
     for name, reason in report.kept_dense.items():
         console.print(f"{said}: {name}: {reason}", markup=False, highlight=False)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     if report.quantize:
         console.print(_quantised(report), markup=False, highlight=False, soft_wrap=True)
     values = f" as {report.values}" if report.values else ""
@@ -151,8 +187,13 @@ def _print(report: PackReport) -> None:
 
 
 def _quantised(report: PackReport) -> str:
-    text, line = report.calibration, f"quantised by {report.quantize}, groups of "
-    line += str(report.group_size)
+    text, line = report.calibration, f"quantised by {report.quantize}"
+    if report.quantize == "kept":
+        line = "integers kept as they were"
+    if report.group_size is not None:
+        line += f", groups of {report.group_size}"
+    if report.quantize == "kept":
+        return line
     if text is None:
         return f"{line}; reads no text, so no errors were measured"
     return (

@@ -12,7 +12,7 @@ from secateur.cli import Json, app, emit
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, Argument(help="A dense, pruned or packed model directory.")],
+    directory: Annotated[Path, Argument(help="A model directory, of any program.")],
     layers: Annotated[bool, Option("--layers", help="Show every layer, not kinds.")] = False,
     json: Json = False,
 ) -> None:
@@ -50,6 +50,9 @@ def inspect(
         f"weights in {facts['files']} files",
         soft_wrap=True,
     )
+    if facts["form"]:
+        console.print(f"it holds {facts['form']}", markup=False, soft_wrap=True)
+        console.print(f"to run it: {facts['rescue']}", markup=False, soft_wrap=True)
     for note in facts["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
 
@@ -57,12 +60,14 @@ def inspect(
 def _inspect(directory: Path) -> dict[str, Any]:
     from secateur.artifact import MANIFEST, Manifest
     from secateur.checkpoint import Checkpoint
+    from secateur.orphans import recognise, rescue
 
     checkpoint = Checkpoint(directory)
+    form = recognise(checkpoint)
     known = Manifest.read(directory) if (directory / MANIFEST).exists() else None
     layers = {}
     if known is None or not known.layers:
-        layers = _measured(checkpoint)
+        layers = _measured(directory)
     else:
         for name, layer in known.layers.items():
             layers[name] = {
@@ -78,7 +83,9 @@ def _inspect(directory: Path) -> dict[str, Any]:
     packed = checkpoint.config.get("quantization_config", {})
     return {
         "directory": str(directory),
-        "kind": known.kind if known else "dense",
+        "kind": "orphan" if form else known.kind if known else "dense",
+        "form": form,
+        "rescue": rescue(directory) if form else None,
         "architecture": checkpoint.config.get("model_type", "unknown"),
         "files": len(checkpoint.files),
         "bytes": sum(file.stat().st_size for file in checkpoint.files),
@@ -91,23 +98,30 @@ def _inspect(directory: Path) -> dict[str, Any]:
     }
 
 
-def _measured(checkpoint: Any) -> dict[str, dict[str, Any]]:
-    """Count the zeros of every linear in the blocks of a directory without a manifest."""
+def _measured(directory: Path) -> dict[str, dict[str, Any]]:
+    """Find the pattern of every linear in the blocks of a directory without a manifest."""
     import torch
 
+    from secateur.compile.orphan import OrphanCheckpoint
+    from secateur.compile.values import dtype_of
+    from secateur.compile.zeros import pattern_of
     from secateur.model import StreamedModel
 
+    checkpoint = OrphanCheckpoint(directory)
+    dtype = dtype_of(checkpoint.config)
     model = StreamedModel(checkpoint, torch.device("cpu"), None)
     layers = {}
     for block in range(len(model.blocks)):
         for name, linear in model.linears(block).items():
-            tensor = f"{name}.weight"
+            weight = checkpoint.load(f"{name}.weight")
+            size = checkpoint.nbytes(f"{name}.weight")
+            width = dtype.itemsize if checkpoint.decoded(f"{name}.weight") else 0
             layers[name] = {
                 "shape": list(linear.shape),
-                "pattern": "dense",
-                "zeros": float((checkpoint.load(tensor) == 0).float().mean()),
-                "bytes": checkpoint.nbytes(tensor),
-                "dense_bytes": checkpoint.nbytes(tensor),
+                "pattern": str(pattern_of(weight.t() if linear.transposed else weight)),
+                "zeros": float((weight == 0).float().mean()),
+                "bytes": size,
+                "dense_bytes": weight.numel() * (width or weight.element_size()),
             }
     return layers
 
@@ -121,7 +135,7 @@ def formats(json: Json = False) -> None:
         emit([{"name": name, "summary": form.description} for name, form in FORMATS.items()])
         return
     for name, form in FORMATS.items():
-        print(f"{name:10} {form.description}")
+        print(f"{name:18} {form.description}")
 
 
 @app.command()

@@ -128,7 +128,7 @@ def test_timing_stops_where_triton_has_lost() -> None:
 
 
 def test_measured_crossovers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
     file = crossover.cache_file()
     assert crossover.read_cache(file) == {}
     crossover.write_cache(file, {"a": 64, "b": None, "c": 0})
