@@ -4,8 +4,8 @@
     part = cut(pieces, rows, range(0, 576))               # these rows and columns of the weight
     qkv = join([q, k, v])                                 # their rows one below the other
 
-The last two work on `Pieces`, the stored form: a cut linear can be packed like any other, and its dense
-weight is the cut of the dense weight. No torch.
+The last two work on `Pieces`, the stored form: a cut linear can be packed like any other, and its
+dense weight is the cut of the dense weight. No torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +92,22 @@ def alike(parts: Sequence[Pieces]) -> bool:
         return (*shared, pattern.n, pattern.m, pattern.rows, pattern.is_dense)
 
     return len({kind(part) for part in parts}) <= 1
+
+
+def dense(pieces: Pieces) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The dense weight, float32 ``[rows, columns]``; removed positions are +0.0."""
+    mask, values = _mask(pieces), _flat(pieces)
+    if pieces.value_type == "bf16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    elif pieces.value_type == "fp16":
+        values = values.view(np.float16)
+    weight = np.zeros(mask.shape, np.float32)
+    weight[mask] = values
+    if pieces.scales is not None and pieces.group_size is not None:
+        scales = np.repeat(pieces.scales.astype(np.float32), pieces.group_size, axis=1)
+        weight *= scales[:, : mask.shape[1]]
+        weight[~mask] = 0.0
+    return weight
 
 
 def _made(form: Pieces, mask: Bools, bits: Array | None, values: Array) -> Pieces:

@@ -1,9 +1,9 @@
 """A packed linear in vLLM: loading this process's share of it, and the product.
 
 vLLM merges linears that share their input (q, k and v; gate and up) and, with tensor parallelism,
-gives each process some of the rows or columns. The stored tensors have no shape that vLLM could cut
-itself, as they hold kept weights only. So each is kept as it comes from the file, and cut and merged
-when all are there.
+gives each process some of the rows or columns. It could not cut the stored tensors itself, as they
+hold kept weights only. So each is kept as it comes from the file, and cut and merged when all are
+there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
@@ -26,9 +25,9 @@ from vllm.model_executor.layers.linear import (
 
 from secateur.compile import cpu, torch_ops
 from secateur.compile.config import BITMASK, MAKE_AGAIN, SCALES, VALUES, PackedConfig, PackedLayer
-from secateur.compile.packed import decode, pieces
-from secateur.compile.shard import alike, cut, join, own
-from secateur.compile.stored import Pieces, check_shape
+from secateur.compile.packed import pieces
+from secateur.compile.shard import alike, cut, dense, join, own
+from secateur.compile.stored import Pieces
 from secateur.compile.values import DTYPES, VALUE_TYPES
 from secateur.errors import ModelError
 from secateur.pattern import Pattern
@@ -93,12 +92,13 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         self.config, self.prefix, self.parts, self.census = config, prefix, list(parts), census
         self.tensors: dict[str, torch.Tensor] = {}
+        self.held: list[torch_ops.HeldMatrix] = []
         self.fallback: LinearMethodBase | None = None
         census.waiting += 1
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -134,8 +134,8 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.census.first:
             torch_ops.borrow_torch_threads()
         merged = [join(shares)] if alike(shares) else shares
-        layer.packed = [torch_ops.HeldMatrix(_pack(share)) for share in merged]
-        matrices = [held.matrix for held in layer.packed]
+        self.held = [torch_ops.HeldMatrix(_pack(share)) for share in merged]
+        matrices = [held.matrix for held in self.held]
         hows = {_how(matrix) for matrix in matrices}
         nbytes = sum(matrix.nbytes for matrix in matrices)
         self.census.loaded(self.prefix, " and ".join(sorted(hows)), nbytes)
@@ -145,22 +145,16 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> torch.Tensor:
         """``x [..., columns] W.T + bias``, with this process's columns and rows."""
         if self.fallback is not None:
-            dense: torch.Tensor = self.fallback.apply(layer, x, bias)
-            return dense
-        if len(layer.packed) == 1:
-            whole: torch.Tensor = torch_ops.linear(x, layer.packed[0].handle, bias)
-            return whole
-        sizes = [held.matrix.rows for held in layer.packed]
-        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        products = [
-            torch_ops.linear(x, held.handle, added)
-            for held, added in zip(layer.packed, biases, strict=True)
-        ]
+            product: torch.Tensor = self.fallback.apply(layer, x, bias)
+            return product
+        if len(self.held) == 1:
+            return self.held[0].linear(x, bias)
+        sizes = [held.matrix.rows for held in self.held]
+        biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+        products = [held.linear(x, added) for held, added in zip(self.held, biases, strict=True)]
         return torch.cat(products, dim=-1)
 
-    def _rows(
-        self, layer: torch.nn.Module, sizes: list[int], columns: int
-    ) -> list[tuple[str, range]]:
+    def _rows(self, layer: Any, sizes: list[int], columns: int) -> list[tuple[str, range]]:
         """Which rows of which parts this process holds, in order."""
         wholes = _whole_sizes(layer)
         if len(self.parts) not in (1, len(sizes)):
@@ -192,9 +186,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return [WEIGHT]
         return [tensor.removeprefix(part) for tensor in self.config.stored(part)]
 
-    def _take(
-        self, end: str, _: Any, tensor: torch.Tensor, shard: str | int | None = None
-    ) -> None:
+    def _take(self, end: str, _: Any, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         """Keep one tensor of the file; vLLM calls this with the name of the part in ``shard``."""
         index = 0 if shard is None else {"q": 0, "k": 1, "v": 2}.get(str(shard), shard)
         self.tensors[self.parts[int(index)] + end] = tensor
@@ -235,16 +227,14 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         )
         return pieces(part, layer, None, weight.contiguous())
 
-    def _compute_densely(
-        self, layer: torch.nn.Module, shares: list[Pieces], obstacle: str
-    ) -> None:
+    def _compute_densely(self, layer: torch.nn.Module, shares: list[Pieces], obstacle: str) -> None:
         """Give vLLM the dense weight, in the type that it computes in."""
-        dense = torch.cat([_dense(self.prefix, share).to(self.dtype) for share in shares])
+        weight = torch.cat([torch.from_numpy(dense(share)).to(self.dtype) for share in shares])
         device = torch.get_default_device()
-        layer.weight = torch.nn.Parameter(dense.to(device), requires_grad=False)
+        layer.weight = torch.nn.Parameter(weight.to(device), requires_grad=False)
         self.fallback = UnquantizedLinearMethod()
         self.fallback.process_weights_after_loading(layer)
-        self.census.loaded(self.prefix, f"dense in vLLM: {obstacle}", dense.nbytes)
+        self.census.loaded(self.prefix, f"dense in vLLM: {obstacle}", weight.nbytes)
 
 
 def _whole_sizes(layer: torch.nn.Module) -> list[int]:
@@ -288,16 +278,6 @@ def _pack(share: Pieces) -> cpu.CpuMatrix:
         group_size=share.group_size,
         activations=activations,  # type: ignore[arg-type]
     )
-
-
-def _dense(name: str, share: Pieces) -> torch.Tensor:
-    """The dense weight of a share; integers as fp32."""
-    values, scales = torch.from_numpy(np.ascontiguousarray(share.values)), share.scales
-    if share.value_type in ("bf16", "fp16"):
-        values = values.view(DTYPES[share.value_type])
-    bits = None if share.bitmask is None else torch.from_numpy(share.bitmask)
-    steps = None if scales is None else torch.from_numpy(np.ascontiguousarray(scales))
-    return decode(name, share.layer, bits, values, steps, share.group_size)
 
 
 def _how(matrix: cpu.CpuMatrix) -> str:

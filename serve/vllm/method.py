@@ -20,8 +20,8 @@ from vllm.model_executor.layers.quantization.base_config import (
 from secateur.compile.config import QUANT_METHOD, PackedConfig
 from secateur.compile.stored import check_headers
 from secateur.errors import ModelError
-from secateur.serve.vllm.linear import Census, PackedLinearMethod
 from secateur.serve.vllm import version
+from secateur.serve.vllm.linear import Census, PackedLinearMethod
 
 logger = init_logger("vllm.secateur")  # vLLM shows the loggers below its own name only
 
@@ -98,12 +98,14 @@ class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
             self.census.dense.append(prefix)
             return UnquantizedLinearMethod()
         inside = [name for name in layers if name == prefix or name.startswith(f"{prefix}.experts")]
-        inside += [name for name in layers if prefix.endswith("experts") and name.startswith(prefix)]
+        inside += [
+            name for name in layers if prefix.endswith("experts") and name.startswith(prefix)
+        ]
         if inside:
             raise ModelError(
                 f"{inside[0]!r} is packed, and vLLM computes it in a {type(layer).__name__}, for "
                 "which secateur has no kernels",
-                "leave it dense when pruning: --layer '*experts*=dense', or use --engine transformers",
+                "leave it dense when pruning, or serve it with --engine transformers",
             )
         return None
 
