@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from secateur.checkpoint import CONFIG, read_json
+from secateur.checkpoint import CONFIG, INDEX, read_json
 from secateur.device import choose_device, choose_dtype
-from secateur.errors import UsageError
+from secateur.errors import ModelError, UsageError
 from secateur.serve.vllm import version
 
 GIB = 2**30
@@ -107,10 +107,16 @@ def bind(cores: Sequence[int], ranks: int) -> str:
 
 
 def _check(directory: Path) -> None:
-    """Refuse what is no model, and packed models whose files are not as their config says."""
+    """Refuse what is no model, what vLLM would misread, and packed models with wrong headers."""
     from secateur.compile.config import QUANT_METHOD
+    from secateur.compile.pack import MASKS
     from secateur.compile.packed import PackedModel
 
+    if (directory / MASKS).exists() and not (directory / INDEX).exists():
+        raise ModelError(
+            f"vLLM would take {MASKS} of {directory} for weights",
+            "pack the model with `secateur compile`; with --format dense it stays as it is",
+        )
     method = read_json(directory / CONFIG).get("quantization_config") or {}
     if method.get("quant_method") == QUANT_METHOD:
         PackedModel(directory)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.errors import EnvironmentFault, UsageError
+from secateur.errors import EnvironmentFault, ModelError, UsageError
 from secateur.serve import load, serve, vllm
 from secateur.serve.vllm.launch import bind, plan
 
@@ -96,3 +96,11 @@ def test_vllm_is_a_server_only(model: Path) -> None:
         load(model, engine="vllm")
     with pytest.raises(UsageError, match="--seed is for vLLM"):
         serve(model, engine="native", vllm_arguments=["--seed"])
+
+
+def test_masks_are_no_weights(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM reads every safetensors file of a directory without an index."""
+    monkeypatch.setattr(metadata, "version", lambda _: "0.32.0")
+    (model / "masks.safetensors").touch()
+    with pytest.raises(ModelError, match=r"vLLM would take masks\.safetensors"):
+        serve(model, engine="vllm")

@@ -184,7 +184,11 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def expected(pruned: Path, prompts: list[list[int]]) -> list[list[int]]:
+def expected(packed: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What the dense twin answers on the same engine."""
-    with served(pruned, pruned.parent / "dense.log", "--enforce-eager") as server:
+    from secateur.compile import write_dense
+
+    twin = packed.parent / "twin"
+    write_dense(packed, twin)
+    with served(twin, packed.parent / "twin.log", "--enforce-eager") as server:
         return [server.tokens(prompt) for prompt in prompts]
