@@ -47,11 +47,6 @@ class HeldMatrix:
         self.handle: int = _kernels.hold(matrix._native, matrix.activations == "int8")
         weakref.finalize(self, _kernels.release, self.handle)
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`linear` with this matrix."""
-        product: torch.Tensor = linear(x, self.handle, bias)
-        return product
-
 
 def _shape(x: torch.Tensor, handle: int, bias: torch.Tensor | None = None) -> torch.Tensor:
     """What `linear` returns, without its numbers."""

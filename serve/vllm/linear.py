@@ -93,6 +93,8 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.config, self.prefix, self.parts, self.census = config, prefix, list(parts), census
         self.tensors: dict[str, torch.Tensor] = {}
         self.held: list[torch_ops.HeldMatrix] = []
+        self.handles: list[int] = []
+        self.sizes: list[int] = []
         self.fallback: LinearMethodBase | None = None
         census.waiting += 1
 
@@ -135,7 +137,9 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             torch_ops.borrow_torch_threads()
         merged = [join(shares)] if alike(shares) else shares
         self.held = [torch_ops.HeldMatrix(_pack(share)) for share in merged]
+        self.handles = [held.handle for held in self.held]
         matrices = [held.matrix for held in self.held]
+        self.sizes = [matrix.rows for matrix in matrices]
         hows = {_how(matrix) for matrix in matrices}
         nbytes = sum(matrix.nbytes for matrix in matrices)
         self.census.loaded(self.prefix, " and ".join(sorted(hows)), nbytes)
@@ -147,12 +151,13 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.fallback is not None:
             product: torch.Tensor = self.fallback.apply(layer, x, bias)
             return product
-        if len(self.held) == 1:
-            return self.held[0].linear(x, bias)
-        sizes = [held.matrix.rows for held in self.held]
-        biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
-        products = [held.linear(x, added) for held, added in zip(self.held, biases, strict=True)]
-        return torch.cat(products, dim=-1)
+        # torch.compile can trace numbers, but not the matrices.
+        if len(self.handles) == 1:
+            whole: torch.Tensor = torch_ops.linear(x, self.handles[0], bias)
+            return whole
+        biases = [None] * len(self.sizes) if bias is None else torch.split(bias, self.sizes)
+        parts = zip(self.handles, biases, strict=True)
+        return torch.cat([torch_ops.linear(x, handle, added) for handle, added in parts], dim=-1)
 
     def _rows(self, layer: Any, sizes: list[int], columns: int) -> list[tuple[str, range]]:
         """Which rows of which parts this process holds, in order."""

@@ -97,10 +97,7 @@ class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
                 return PackedLinearMethod(self.packed, prefix, parts, self.census)
             self.census.dense.append(prefix)
             return UnquantizedLinearMethod()
-        inside = [name for name in layers if name == prefix or name.startswith(f"{prefix}.experts")]
-        inside += [
-            name for name in layers if prefix.endswith("experts") and name.startswith(prefix)
-        ]
+        inside = [name for name in layers if name == prefix or name.startswith(f"{prefix}.")]
         if inside:
             raise ModelError(
                 f"{inside[0]!r} is packed, and vLLM computes it in a {type(layer).__name__}, for "

@@ -248,7 +248,7 @@ def test_products_in_torchs_threads() -> None:
     weight = torch.randn(640, 512)
     matrix = HeldMatrix(pack(weight.numpy(), None, (640, 512), Pattern.parse("dense"), "fp32"))
     inputs = [torch.randn(tokens, 512) for tokens in (1, 5, 70)]
-    wanted = [matrix.linear(x, None) for x in inputs]
+    wanted = [torch_ops.linear(x, matrix.handle) for x in inputs]
     try:
         torch.set_num_threads(3)
         torch_ops.borrow_torch_threads()
@@ -256,7 +256,7 @@ def test_products_in_torchs_threads() -> None:
         found: list[list[torch.Tensor]] = [[] for _ in range(4)]
 
         def ask(place: int) -> None:
-            found[place] = [matrix.linear(x, None) for x in inputs for _ in range(20)]
+            found[place] = [torch_ops.linear(x, matrix.handle) for x in inputs for _ in range(20)]
 
         callers = [threading.Thread(target=ask, args=(place,)) for place in range(4)]
         for caller in callers:
@@ -270,4 +270,4 @@ def test_products_in_torchs_threads() -> None:
         torch.set_num_threads(torch_before)
         cpu.set_threads(before)
     assert cpu.threads() == before
-    assert torch.equal(matrix.linear(inputs[2], None), wanted[2])
+    assert torch.equal(torch_ops.linear(inputs[2], matrix.handle), wanted[2])

@@ -60,7 +60,7 @@ def make_pruned(directory: Path) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        initializer_range=0.1,
+        initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=1,
         tie_word_embeddings=True,
