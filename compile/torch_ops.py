@@ -75,12 +75,17 @@ def _multiply(x: torch.Tensor, handle: int, bias: torch.Tensor | None = None) ->
     return out.to(x.dtype).reshape(*x.shape[:-1], matrix.rows)
 
 
+def _library() -> Path:
+    """Where the C++ op is, if it is."""
+    return Path(_kernels.__file__).with_name("_torch_ops.so")
+
+
 def _register() -> str | None:
     """Make the op; why it is one in Python, or None."""
     if _kernels is None:
         return "the native module is not built"
     why = None
-    library = Path(_kernels.__file__).with_name("_torch_ops.so")
+    library = _library()
     if not library.exists():
         why = (
             "it was built where torch was not importable (build isolation), or was older than 2.10"
@@ -115,6 +120,18 @@ def follow_torch_threads() -> None:
     """Let products use as many threads as torch does."""
     if _kernels.threads() != torch.get_num_threads():
         _kernels.set_threads(torch.get_num_threads(), False)
+
+
+def borrow_torch_threads() -> None:
+    """Let products run in torch's own threads, until `secateur.compile.cpu.set_threads`.
+
+    For a process in which torch's threads are bound to processors: ours would share the one of the
+    thread that makes them. Where the C++ op is missing, ours are used, as many as torch's.
+    """
+    if OBSTACLE is None:
+        ctypes.CDLL(str(_library())).secateur_lend_threads()
+    else:
+        follow_torch_threads()
 
 
 OBSTACLE = _register()

@@ -7,7 +7,7 @@ transformers imports this package when it looks for secateur's quantizer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,15 +24,20 @@ __all__ = ["ENGINES", "NativeOptions", "load", "serve"]
 DRAIN_SECONDS = 5.0
 
 
-def _transformers(
-    directory: Path, model_name: str, threads: int | None, options: NativeOptions
-) -> Engine:
+def _refuse(options: NativeOptions, engine: str) -> None:
+    """Refuse options that another engine than the native one is given."""
     if options.given():
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options.given())
         raise UsageError(
-            f"{flags}: only the native engine has this, and {directory} runs on transformers",
+            f"{flags}: only the native engine has this, and the model runs on {engine}",
             "leave it out, or see what keeps the model from --engine native",
         )
+
+
+def _transformers(
+    directory: Path, model_name: str, threads: int | None, options: NativeOptions
+) -> Engine:
+    _refuse(options, "transformers")
     from secateur.serve.transformers_engine import load_transformers
 
     return load_transformers(directory, model_name=model_name, threads=threads)
@@ -46,13 +51,14 @@ ENGINES: dict[str, Callable[[Path, str, int | None, NativeOptions], Engine]] = {
 
 
 def check_engine(wanted: str) -> None:
-    """Refuse names that are neither in `ENGINES` nor "auto".
+    """Refuse names that are neither in `ENGINES` nor "auto" nor "vllm".
 
     Raises:
         UsageError: there is no such engine.
     """
-    if wanted not in (*ENGINES, "auto"):
-        raise UsageError(f"there is no engine {wanted!r}", did_you_mean(wanted, [*ENGINES, "auto"]))
+    known = [*ENGINES, "auto", "vllm"]
+    if wanted not in known:
+        raise UsageError(f"there is no engine {wanted!r}", did_you_mean(wanted, known))
 
 
 def load(
@@ -79,6 +85,8 @@ def load(
     directory = Path(directory)
     check_engine(engine)
     refuse_orphan(Checkpoint(directory))
+    if engine == "vllm":
+        raise UsageError("vLLM is a server of its own", "use `secateur serve DIR --engine vllm`")
     if engine == "auto":
         obstacle = native_obstacle(directory)
         engine = "native" if obstacle is None else "transformers"
@@ -99,12 +107,13 @@ def serve(
     served_model_name: str | None = None,
     drain_seconds: float = DRAIN_SECONDS,
     options: NativeOptions | None = None,
+    vllm_arguments: Sequence[str] = (),
 ) -> None:
     """Serve a model until SIGINT or SIGTERM; once ready, says where in one line on stdout.
 
     Args:
         directory: the model.
-        engine: see `load`.
+        engine: see `load`; with "vllm" this process becomes vLLM's server.
         host: address to listen on.
         port: 0 takes a free one.
         api_key: if given, clients must send it.
@@ -112,13 +121,34 @@ def serve(
         served_model_name: see `load`.
         drain_seconds: how long running requests may go on after a signal.
         options: see `load`.
+        vllm_arguments: further arguments of ``vllm serve``.
 
     Raises:
-        UsageError: see `load`.
-        EnvironmentFault: the address or port cannot be had; found before the model is opened.
+        UsageError: see `load`; or arguments for vLLM and another engine.
+        EnvironmentFault: the address or port cannot be had; found before the model is opened. Or
+            there is no vLLM to serve with.
         ModelError: the directory is not a usable model.
     """
     check_engine(engine)
+    directory = Path(directory)
+    if engine == "vllm":
+        _refuse(options or NativeOptions(), "vLLM")
+        from secateur.serve.vllm.launch import run as become_vllm
+
+        become_vllm(
+            directory,
+            host=host,
+            port=port,
+            api_key=api_key,
+            threads=threads,
+            served_model_name=served_model_name or directory.resolve().name,
+            drain_seconds=drain_seconds,
+            arguments=vllm_arguments,
+        )
+    if vllm_arguments:
+        raise UsageError(
+            f"{vllm_arguments[0]} is for vLLM, not for engine {engine}", "add --engine vllm"
+        )
     from secateur.serve.server import listen, run
 
     with listen(host, port) as listener:

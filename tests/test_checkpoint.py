@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from secateur.checkpoint import (
     Checkpoint,
     TensorWriter,
-    _read_header,
     merge_tensors,
     save_tensors,
     write_index,
@@ -163,16 +162,9 @@ def test_tensors_written_one_by_one(tensors: dict[str, tuple[torch.dtype, list[i
                 right[name] = torch.randn(shape, generator=made).mul(40).to(dtype)
                 writer.add(name, right[name])
         assert [file.name for file in Path(folder).iterdir()] == [path.name]
-        found = load_file(path)
-        assert found.keys() == right.keys()
-        for name, tensor in right.items():
-            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-            assert torch.equal(found[name].double(), tensor.double())
-        starts = [entry["data_offsets"][0] for entry in _read_header(path).values()]
-        sizes = [
-            torch.empty(0, dtype=tensors[name][0]).element_size() for name in _read_header(path)
-        ]
-        assert all(start % size == 0 for start, size in zip(starts, sizes, strict=True))
+        other = Path(folder, "other.safetensors")
+        save_file(right, other, metadata={"format": "pt"})
+        assert path.read_bytes() == other.read_bytes()
 
 
 def test_a_file_that_was_not_finished_is_not_there(tmp_path: Path) -> None:

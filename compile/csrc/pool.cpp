@@ -45,8 +45,23 @@ void pin_to(int processor) {
 #endif
 }
 
+// One call of spread, in threads that are not ours.
+struct Shared {
+    std::atomic<Index> next{0};
+    Index count, grain;
+    void (*work)(void *, Index, Index);
+    void *context;
+};
+
+void take_shared(void *pointer) {
+    Shared &all = *static_cast<Shared *>(pointer);
+    for (Index from; (from = all.next.fetch_add(all.grain)) < all.count;)
+        all.work(all.context, from, std::min(all.count, from + all.grain));
+}
+
 class Pool {
   public:
+    Pool(int threads, Lend lend) : lend_(lend), lent_(threads) {}
     explicit Pool(int threads, bool pin) {
         for (int i = 1; i < threads; ++i) try {
                 workers_.emplace_back([this, i, pin] {
@@ -62,9 +77,14 @@ class Pool {
         wake();
         for (std::thread &worker : workers_) worker.join();
     }
-    int threads() const { return int(workers_.size()) + 1; }
+    int threads() const { return lend_ ? lent_ : int(workers_.size()) + 1; }
 
     void run(Index count, Index grain, void (*work)(void *, Index, Index), void *context) {
+        if (lend_ && count > grain) {
+            Shared shared{{0}, count, grain, work, context};
+            lend_(&take_shared, &shared);
+            return;
+        }
         const std::unique_lock<std::mutex> own(busy_, std::try_to_lock);
         if (!own || workers_.empty() || count <= grain) {
             for (Index from = 0; from < count; from += grain)
@@ -113,6 +133,8 @@ class Pool {
         }
     }
 
+    Lend lend_ = nullptr;
+    int lent_ = 1;
     std::vector<std::thread> workers_;
     std::mutex busy_, sleep_;
     std::condition_variable woken_;
@@ -142,14 +164,22 @@ std::shared_ptr<Pool> pool() {
     return current;
 }
 
+void replace_pool(std::shared_ptr<Pool> fresh) {
+    pool();
+    const std::lock_guard<std::mutex> hold(changing);
+    current.swap(fresh);  // the old one ends with its last caller
+}
+
 }  // namespace
 
 void set_threads(int count, bool pin) {
     auto fresh = std::make_shared<Pool>(std::max(1, count), pin);
     if (pin) pin_to(0);
-    pool();
-    const std::lock_guard<std::mutex> hold(changing);
-    current.swap(fresh);  // the old one ends with its last caller
+    replace_pool(std::move(fresh));
+}
+
+void borrow_threads(int count, Lend lend) {
+    replace_pool(std::make_shared<Pool>(std::max(1, count), lend));
 }
 
 int get_threads() { return pool()->threads(); }

@@ -9,6 +9,12 @@
 void set_threads(int count, bool pin);
 int get_threads();
 
+// Use the `count` threads of somebody else instead, who calls task(context) in each of them, all at
+// once, and returns when all have: two pools that spin on the same processors are slow. Until
+// set_threads is called.
+using Lend = void (*)(void (*task)(void *), void *context);
+void borrow_threads(int count, Lend lend);
+
 // Call work(context, from, to) for pieces of [0, count) of `grain` each, from several threads.
 // A caller that finds the threads busy does all of its work itself.
 void spread(Index count, Index grain, void (*work)(void *, Index, Index), void *context);

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "pool.h"
 #include "product.h"
 
 namespace {
@@ -67,6 +68,6 @@ Held find(std::int64_t handle) {
 }
 
 const KernelTable &kernel_table() {
-    static const KernelTable table{kTableVersion, &shape, &multiply_held};
+    static const KernelTable table{kTableVersion, &shape, &multiply_held, &borrow_threads};
     return table;
 }

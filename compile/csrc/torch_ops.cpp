@@ -100,6 +100,14 @@ Tensor linear(const Tensor x, std::int64_t handle, const std::optional<Tensor> b
     return out;
 }
 
+// Run a task in each of torch's threads.
+void lend(void (*task)(void *), void *context) {
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
+                                [&](std::int64_t from, std::int64_t to) {
+                                    for (; from < to; ++from) task(context);
+                                });
+}
+
 }  // namespace
 
 // Returns 0 if the table is of a version that this library does not know.
@@ -107,6 +115,12 @@ extern "C" __attribute__((visibility("default"))) int secateur_connect(const Ker
     if (table->version != kTableVersion) return 0;
     connected.store(table, std::memory_order_release);
     return 1;
+}
+
+// Let all products run in torch's threads from now on.
+extern "C" __attribute__((visibility("default"))) void secateur_lend_threads() {
+    if (const KernelTable *kernels = connected.load(std::memory_order_acquire))
+        kernels->borrow(int(torch::stable::get_num_threads()), &lend);
 }
 
 STABLE_TORCH_LIBRARY(secateur, m) { m.def("linear(Tensor x, int handle, Tensor? bias=None) -> Tensor"); }

@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import ModelError
 
@@ -53,6 +53,9 @@ _TORCH_DTYPES |= {
     for bits in (8, 16, 32, 64)
 }
 _STORED_DTYPES = {name: kind for kind, name in _TORCH_DTYPES.items()}
+# In which order safetensors lays tensors out: wide elements first, so that all are aligned.
+_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16")
+_ORDER += ("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 
 
 class Checkpoint:
@@ -236,56 +239,50 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 class TensorWriter:
     """A safetensors file written one tensor at a time, so that none of them stays in memory.
 
-    Use it as a context manager: the file is whole on disk at its end, or not there. The tensors lie
-    in it by the size of their elements, largest first, as readers want them aligned; until the end
-    each size has a file of its own beside it.
+    Use it as a context manager: the file is whole on disk at its end, or not there. Until then the
+    tensors lie in a file beside it. The result is the one that safetensors itself would write.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._aside = path.with_name(path.name + ".writing")
-        self._entries: dict[int, list[tuple[str, dict[str, Any], int]]] = {}
-        self._parts: dict[int, IO[bytes]] = {}
+        self._heap = path.with_name(path.name + ".tensors")
+        self._entries: dict[str, tuple[dict[str, Any], int, int]] = {}  # where each begins and ends
 
     def __enter__(self) -> TensorWriter:
+        self._file = self._heap.open("wb")
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append a tensor, of any device."""
         import torch
 
-        size = tensor.element_size()
-        if size not in self._parts:
-            self._parts[size] = self._part(size).open("wb")
-            self._entries[size] = []
         kind = _STORED_DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        entry = {"dtype": kind, "shape": list(tensor.shape)}
-        self._entries[size].append((name, entry, tensor.nbytes))
+        start = self._file.tell()
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._parts[size].write(flat.view(torch.uint8).numpy().data)
+        self._file.write(flat.view(torch.uint8).numpy().data)
+        entry = {"dtype": kind, "shape": list(tensor.shape)}
+        self._entries[name] = entry, start, start + tensor.nbytes
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: Any
     ) -> None:
-        for part in self._parts.values():
-            part.close()
+        self._file.close()
         if kind is None:
-            self._join()
-        for size in self._parts:
-            self._part(size).unlink(missing_ok=True)
+            self._order()
+        self._heap.unlink()
 
-    def _join(self) -> None:
+    def _order(self) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        names = sorted(self._entries)
+        names.sort(key=lambda name: _ORDER.index(self._entries[name][0]["dtype"]))
         offset = 0
-        for size in sorted(self._parts, reverse=True):
-            for name, entry, length in self._entries[size]:
-                header[name] = {**entry, "data_offsets": [offset, offset + length]}
-                offset += length
-        parts = (self._part(size) for size in sorted(self._parts, reverse=True))
-        _write_whole(self.path, header, (chunk for part in parts for chunk in _chunks(part)))
-
-    def _part(self, size: int) -> Path:
-        return self._aside.with_name(f"{self._aside.name}-{size}")
+        for name in names:
+            entry, start, end = self._entries[name]
+            header[name] = {**entry, "data_offsets": [offset, offset + end - start]}
+            offset += end - start
+        places = (self._entries[name][1:] for name in names)
+        data = (chunk for start, end in places for chunk in _chunks(self._heap, start, end))
+        _write_whole(self.path, header, data)
 
 
 def merge_tensors(path: Path, parts: Iterable[Path]) -> None:
@@ -326,10 +323,12 @@ def _data_of(path: Path) -> Iterator[bytes]:
     return _chunks(path, _data_start(path))
 
 
-def _chunks(path: Path, start: int = 0, chunk: int = 1 << 24) -> Iterator[bytes]:
+def _chunks(path: Path, start: int, end: int | None = None) -> Iterator[bytes]:
+    left = (path.stat().st_size if end is None else end) - start
     with path.open("rb") as file:
         file.seek(start)
-        while data := file.read(chunk):
+        while data := file.read(min(left, 1 << 24)):
+            left -= len(data)
             yield data
 
 

@@ -238,3 +238,36 @@ def test_a_table_of_another_version_is_refused() -> None:
     library: Any = ctypes.CDLL(str(Path(_kernels.__file__).with_name("_torch_ops.so")))
     other = (ctypes.c_int64 * 3)(99, 0, 0)
     assert library.secateur_connect(ctypes.byref(other)) == 0
+
+
+def test_products_in_torchs_threads() -> None:
+    """The same products, also of many callers at once."""
+    from secateur.compile import cpu
+
+    before, torch_before = cpu.threads(), torch.get_num_threads()
+    weight = torch.randn(640, 512)
+    matrix = HeldMatrix(pack(weight.numpy(), None, (640, 512), Pattern.parse("dense"), "fp32"))
+    inputs = [torch.randn(tokens, 512) for tokens in (1, 5, 70)]
+    wanted = [torch_ops.linear(x, matrix.handle) for x in inputs]
+    try:
+        torch.set_num_threads(3)
+        torch_ops.borrow_torch_threads()
+        assert cpu.threads() == 3
+        found: list[list[torch.Tensor]] = [[] for _ in range(4)]
+
+        def ask(place: int) -> None:
+            found[place] = [torch_ops.linear(x, matrix.handle) for x in inputs for _ in range(20)]
+
+        callers = [threading.Thread(target=ask, args=(place,)) for place in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        for products in found:
+            for i, product in enumerate(products):
+                assert torch.equal(product, wanted[i // 20])
+    finally:
+        torch.set_num_threads(torch_before)
+        cpu.set_threads(before)
+    assert cpu.threads() == before
+    assert torch.equal(torch_ops.linear(inputs[2], matrix.handle), wanted[2])

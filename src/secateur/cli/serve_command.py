@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from secateur.cli import app
 
@@ -37,10 +37,13 @@ HeadValues = Annotated[
 ]
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
+    context: Context,
     directory: Directory,
-    engine: Engine = "auto",
+    engine: Annotated[
+        str, Option(help="What runs the model: auto, native, transformers, vllm.")
+    ] = "auto",
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
@@ -86,13 +89,20 @@ def serve(
 
     The options from --kv-cache-type on are those of the native engine; the others refuse them.
 
+    With --engine vllm all other options go to `vllm serve`, e.g. --max-model-len 4096.
+
     Example: secateur serve pruned/ --port 8000, then open http://127.0.0.1:8000/ or point any
     OpenAI client at http://127.0.0.1:8000/v1.
     """
+    from secateur.errors import UsageError, did_you_mean
     from secateur.serve import NativeOptions
     from secateur.serve import serve as run
     from secateur.sizes import parse_size
 
+    if context.args and engine != "vllm":
+        given, options = context.args[0], (one.opts[0] for one in context.command.params)
+        known = [name for name in options if name.startswith("--")]
+        raise UsageError(f"there is no option {given!r}", did_you_mean(given, known))
     run(
         directory,
         engine=engine,
@@ -113,4 +123,5 @@ def serve(
             token_budget=token_budget,
             deadline=deadline,
         ),
+        vllm_arguments=context.args,
     )
