@@ -38,7 +38,9 @@ template <typename Work>
 void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared) {
     const Index tiles = (tokens + kTile - 1) / kTile, size = kTile * kTileRows;
     const Index units = (f.matrix->view().rows + kTileRows - 1) / kTileRows;
-    const Index step = std::max<Index>(1, std::min(kUnits, units / (2 * get_threads())));
+    // As many pieces for each thread, of at most kUnits.
+    const Index threads = get_threads(), rounds = (units + threads * kUnits - 1) / (threads * kUnits);
+    const Index step = std::max<Index>(1, units / (threads * rounds));
     over_panels(units, step, [&](Index first, Index last) {
         Work work = shared;
         work.take_room();
