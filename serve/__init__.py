@@ -84,9 +84,9 @@ def load(
     """
     directory = Path(directory)
     check_engine(engine)
-    refuse_orphan(Checkpoint(directory))
     if engine == "vllm":
         raise UsageError("vLLM is a server of its own", "use `secateur serve DIR --engine vllm`")
+    refuse_orphan(Checkpoint(directory))
     if engine == "auto":
         obstacle = native_obstacle(directory)
         engine = "native" if obstacle is None else "transformers"
