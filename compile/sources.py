@@ -8,6 +8,7 @@ weights with zeros in place
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ MASKS = "masks.safetensors"
 PRUNE_AGAIN = "prune the model again with `secateur prune`"
 
 
-class Source:
+class Source(ABC):
     """A model to be stored in another form.
 
     Attributes:
@@ -64,13 +65,13 @@ class Source:
         """What the manifest of the result says of its source."""
         return {"kind": self.kind, "files": self.checkpoint.sha256()}
 
+    @abstractmethod
     def mask(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The keep-mask, bool ``[rows, columns]``, of a linear, given its weight as stored.
 
         Raises:
             ModelError: mask, pattern and weight contradict each other; names the tensor.
         """
-        raise NotImplementedError
 
     def integers(self, name: str) -> Quantised | None:
         """The integers of a linear, if `values` is set; None if it has none."""
