@@ -20,7 +20,7 @@ from pathlib import Path
 
 from secateur.bench.kernel_group import Kernels, Plan, ShapeBench
 from secateur.bench.kernel_results import KernelGroup, KernelSettings, KernelsResult, Roof
-from secateur.bench.latency import _notes_on_machine
+from secateur.bench.latency import notes_on_machine
 from secateur.bench.results import Environment, Spread
 from secateur.device import choose_device
 from secateur.progress import Tick, no_tick
@@ -54,8 +54,8 @@ def measure_kernels(
             Plan.of(settings, shape, kind)  # refused now, not after an hour
     total = math.prod(map(len, (settings.shapes, settings.values, settings.threads)))
     total *= len(settings.tokens)
-    with _threads_restored(kernels):
-        environment = _environment()
+    with threads_restored(kernels):
+        environment = kernel_environment()
         begun = time.perf_counter()
         before = _roofs(kernels, settings)
         groups: list[KernelGroup] = []
@@ -74,7 +74,7 @@ def measure_kernels(
     return KernelsResult(
         environment=environment,
         dtype="float32",
-        notes=(*_notes_on_machine(environment), *dict.fromkeys(notes)),
+        notes=(*notes_on_machine(environment), *dict.fromkeys(notes)),
         command=command,
         isa=kernels.isa(),
         settings=settings,
@@ -134,7 +134,7 @@ def _roofs(kernels: Kernels, settings: KernelSettings) -> dict[int, Spread]:
     return roofs
 
 
-def _environment() -> Environment:
+def kernel_environment() -> Environment:
     """This machine, with the versions of numpy and, if there, ONNX Runtime."""
     environment = Environment.read(choose_device("cpu"))
     versions = dict(environment.versions)
@@ -147,7 +147,8 @@ def _environment() -> Environment:
 
 
 @contextmanager
-def _threads_restored(kernels: Kernels) -> Iterator[None]:
+def threads_restored(kernels: Kernels) -> Iterator[None]:
+    """Give torch and the kernels back the threads that they had."""
     import torch
 
     before = kernels.threads(), torch.get_num_threads()

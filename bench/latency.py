@@ -105,7 +105,7 @@ def measure_latency(
             *(said for said in (remark, note) if said),
             *(() if native else notes_on(paths)),
             *(f"{subject.path}: {text}" for subject in subjects for text in subject.notes),
-            *_notes_on_machine(environment),
+            *notes_on_machine(environment),
         ),
         prompt=settings.prompt,
         new_tokens=settings.new_tokens,
@@ -206,7 +206,8 @@ def _rates(timings: Sequence[Timing], settings: recipe.Latency) -> tuple[list[fl
     )
 
 
-def _notes_on_machine(environment: Environment) -> list[str]:
+def notes_on_machine(environment: Environment) -> list[str]:
+    """What of the machine makes the figures doubtful."""
     if environment.load_average > environment.cores / 2:
         return [
             f"the machine was busy before the measurement began (load average "

@@ -18,8 +18,8 @@ from pydantic import Field
 from secateur.bench.kernel_group import Kernels
 from secateur.bench.kernel_rounds import Runner, time_rounds
 from secateur.bench.kernel_weights import Array, Weights, random_mask
-from secateur.bench.kernels import _environment, _threads_restored
-from secateur.bench.latency import _notes_on_machine
+from secateur.bench.kernels import kernel_environment, threads_restored
+from secateur.bench.latency import notes_on_machine
 from secateur.bench.results import Estimate, Spread, _Facts, _Result
 from secateur.errors import SecateurError
 from secateur.pattern import Pattern
@@ -120,10 +120,10 @@ def measure_packing(
     import torch
 
     rows: list[PackingRow] = []
-    with _threads_restored(kernels):
+    with threads_restored(kernels):
         kernels.set_threads(settings.threads)
         torch.set_num_threads(settings.threads)
-        environment = _environment()
+        environment = kernel_environment()
         for values in settings.values:
             weight = _weight(values, settings)
             calls = _conversions(layouts, weight, values)
@@ -148,7 +148,7 @@ def measure_packing(
     return PackingResult(
         environment=environment,
         dtype="integers",
-        notes=_notes_on_machine(environment),
+        notes=notes_on_machine(environment),
         command=command,
         isa=kernels.isa(),
         settings=settings,

@@ -189,13 +189,13 @@ class SparseLinear(torch.nn.Module):
         """The stored tensors in a layout of this CPU."""
         values = self.weight_values.detach()
         if values.dtype == torch.float32:
-            values = _narrowest(values)
+            values = narrowest(values)
         parts = pieces(
             self.name, self.layer, self.weight_bitmask, values, self.weight_scales, self.group_size
         )
         activations = None
         if self.value_type is not None:
-            activations = self.activations or _setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
+            activations = self.activations or setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
         return cpu.pack(
             parts.values,
             parts.bitmask,
@@ -209,7 +209,7 @@ class SparseLinear(torch.nn.Module):
 
     def _find_obstacle(self) -> str | None:
         """Why the kernels cannot compute this layer."""
-        if _setting("SECATEUR_KERNELS", ("on", "off")) == "off":
+        if setting("SECATEUR_KERNELS", ("on", "off")) == "off":
             return "SECATEUR_KERNELS=off"
         device = self.weight_values.device.type
         if device not in ("cpu", gpu.DEVICE):
@@ -301,7 +301,7 @@ class _Product(torch.autograd.Function):
         return (gradient.float() @ weight).to(gradient.dtype), None, None
 
 
-def _narrowest(values: torch.Tensor) -> torch.Tensor:
+def narrowest(values: torch.Tensor) -> torch.Tensor:
     """fp32 values as bf16 or fp16, if all of them are such numbers: half the bytes to read."""
     for dtype in (DTYPES["bf16"], DTYPES["fp16"]):
         narrow = values.to(dtype)
@@ -310,7 +310,7 @@ def _narrowest(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _setting(name: str, known: tuple[str, ...]) -> str | None:
+def setting(name: str, known: tuple[str, ...]) -> str | None:
     """An environment variable with few possible values; None if it is not set."""
     value = os.environ.get(name) or None
     if value is not None and value not in known:

@@ -31,7 +31,7 @@ from secateur.compile.stored import Pieces
 from secateur.compile.values import DTYPES, VALUE_TYPES
 from secateur.errors import ModelError
 from secateur.pattern import Pattern
-from secateur.serve.linear import _narrowest, _setting
+from secateur.serve.linear import narrowest, setting
 
 WEIGHT = ".weight"
 _VALUE_TYPES = {**DTYPES, "int8": torch.int8, "int4": torch.uint8}
@@ -253,7 +253,7 @@ def _whole_sizes(layer: torch.nn.Module) -> list[int]:
 
 def _obstacle(layer: torch.nn.Module) -> str | None:
     """Why the kernels cannot compute a linear of this process."""
-    if _setting("SECATEUR_KERNELS", ("on", "off")) == "off":
+    if setting("SECATEUR_KERNELS", ("on", "off")) == "off":
         return "SECATEUR_KERNELS=off"
     device = torch.get_default_device().type
     if device != "cpu":
@@ -267,12 +267,12 @@ def _pack(share: Pieces) -> cpu.CpuMatrix:
     """A share in a layout of this CPU."""
     values, value_type = share.values, share.value_type
     if value_type == "fp32":
-        narrow = _narrowest(torch.from_numpy(values))
+        narrow = narrowest(torch.from_numpy(values))
         value_type = VALUE_TYPES[narrow.dtype]
         values = (narrow if value_type == "fp32" else narrow.view(torch.uint16)).numpy()
     activations = None
     if share.scales is not None:
-        activations = _setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
+        activations = setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
     return cpu.pack(
         values,
         share.bitmask,
