@@ -81,6 +81,7 @@ class OrphanCheckpoint(Checkpoint):
         form: what it is, in words.
         config: without what it said of compression.
         quantised: whether weights are integers or fp8, with scales.
+        dropped: names of tensors that no weight needs.
         notes: what was left out.
 
     Raises:
@@ -101,16 +102,17 @@ class OrphanCheckpoint(Checkpoint):
             )
         self.config = without_compression(self.config)
         self._stored: dict[str, _Stored] = {}
-        dropped = self._sort(set(self._files.names()))
+        self.dropped = self._sort(set(self._files.names()))
         self.quantised = any(_is_quantised(stored) for stored in self._stored.values())
         self.notes: list[str] = []
-        if dropped:
-            self.notes.append(f"{dropped} scales and shapes of activations and kernels left out")
+        if self.dropped:
+            count = len(self.dropped)
+            self.notes.append(f"{count} scales and shapes of activations and kernels left out")
         if compression.get("kv_cache_scheme"):
             self.notes.append("the quantisation of the key-value cache is left out")
 
-    def _sort(self, left: set[str]) -> int:
-        """Give every stored tensor to one of the dense model; returns how many were left out."""
+    def _sort(self, left: set[str]) -> list[str]:
+        """Give every stored tensor to one of the dense model; returns those left out."""
         dropped = {name for name in left if name.endswith(_DROPPED)}
         left = left - dropped
         for name in sorted(left):
@@ -137,7 +139,7 @@ class OrphanCheckpoint(Checkpoint):
                     _GET_AGAIN + ", or convert it with the program that wrote it",
                 )
             self._stored[name] = _Stored(name)
-        return len(dropped)
+        return sorted(dropped)
 
     def _claim(self, tensor: str, base: str, ends: list[str], left: set[str]) -> None:
         if tensor in self._stored:
@@ -155,6 +157,10 @@ class OrphanCheckpoint(Checkpoint):
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
+
+    def stored_as(self, name: str) -> list[str]:
+        """The names of the tensors that a tensor of the dense model is stored as."""
+        return self._of(name).parts
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor, or the first of its parts."""

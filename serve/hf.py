@@ -158,8 +158,8 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights do not train; dequantize first."""
-        return False
+        """Adapters on top do (`secateur.serve.adapters`); the packed weights never change."""
+        return True
 
 
 def _module_path(name: str, prefix: str, modules: dict[str, torch.nn.Module]) -> str:

@@ -100,6 +100,11 @@ class SparseLinear(torch.nn.Module):
         """See the class."""
         return None if self._held is None else self._held.matrix
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The stored values, by the name at which PEFT looks for the device of such a layer."""
+        return self.weight_values
+
     def prepare(self) -> None:
         """Check the loaded tensors and make the layout, or else the dense copy.
 

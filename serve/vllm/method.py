@@ -20,22 +20,25 @@ from vllm.model_executor.layers.quantization.base_config import (
 from secateur.compile.config import QUANT_METHOD, PackedConfig
 from secateur.compile.stored import check_headers
 from secateur.errors import ModelError
+from secateur.orphans import is_sparse_form
 from secateur.serve.vllm import version
 from secateur.serve.vllm.linear import Census, PackedLinearMethod
+from secateur.serve.vllm.stores import Orphan, Packed
+from secateur.source import resolve_model
 
 logger = init_logger("vllm.secateur")  # vLLM shows the loggers below its own name only
 
 
 class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
-    """``quantization_config`` of a packed model as vLLM holds it.
+    """``quantization_config`` of a packed model, or of an orphaned checkpoint, as vLLM holds it.
 
     Attributes:
-        packed: what the directory stores, by the module names of vLLM.
+        store: its linears; of an orphan None until vLLM says where its files are.
     """
 
-    def __init__(self, packed: PackedConfig) -> None:
+    def __init__(self, store: Packed | Orphan | None) -> None:
         super().__init__()
-        self.packed = packed
+        self.store = store
         self.census = Census()
 
     @classmethod
@@ -59,6 +62,14 @@ class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
         return []
 
     @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, **_: Any
+    ) -> str | None:
+        """Take orphaned checkpoints of other methods, whose sparse forms vLLM reads no more."""
+        asked = user_quant in (None, QUANT_METHOD)
+        return QUANT_METHOD if asked and is_sparse_form(hf_quant_cfg) else None
+
+    @classmethod
     def from_config(cls, config: dict[str, Any]) -> SecateurConfig:
         """Read ``quantization_config``.
 
@@ -67,7 +78,9 @@ class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
             ModelError: the config is not that of a packed model; names the first wrong key.
         """
         version()
-        return cls(PackedConfig.parse(config, "config.json"))
+        if is_sparse_form(config):
+            return cls(None)
+        return cls(Packed(PackedConfig.parse(config, "config.json")))
 
     def maybe_update_config(self, model_name: str, *_: Any, **__: Any) -> None:
         """Check the headers of the files; called before any weight is read.
@@ -75,14 +88,17 @@ class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             ModelError: names the first tensor that is absent or not as the config says.
         """
+        if self.store is None:
+            self.store = Orphan(resolve_model(model_name))
+            return
         files = sorted(Path(model_name).glob("*.safetensors"))
-        if files:  # else a name on a hub: each tensor is checked when it is loaded
-            check_headers(files, self.packed)
+        if files and isinstance(self.store, Packed):  # else on a hub: checked when it is loaded
+            check_headers(files, self.store.config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Call the layers by the names that vLLM's model gives its modules."""
-        layers = hf_to_vllm_mapper.apply_dict(self.packed.layers)
-        self.packed = self.packed.model_copy(update={"layers": layers})
+        if self.store is not None:
+            self.store = self.store.rename(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """What computes the module ``prefix``; None: what vLLM would take without us.
@@ -90,11 +106,12 @@ class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             ModelError: it is packed, and no linear.
         """
-        layers = self.packed.layers
+        assert self.store is not None
+        layers = self.store.names
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
             if any(part in layers for part in parts):
-                return PackedLinearMethod(self.packed, prefix, parts, self.census)
+                return PackedLinearMethod(self.store, prefix, parts, self.census)
             self.census.dense.append(prefix)
             return UnquantizedLinearMethod()
         inside = [name for name in layers if name == prefix or name.startswith(f"{prefix}.")]
@@ -108,7 +125,7 @@ class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
 
     def _parts(self, prefix: str) -> list[str]:
         """The linears of the file that one of vLLM computes, as it merges q, k and v."""
-        if prefix in self.packed.layers:
+        if self.store is not None and prefix in self.store.names:
             return [prefix]
         parent, dot, last = prefix.rpartition(".")
         return [parent + dot + name for name in self.packed_modules_mapping.get(last, [last])]

@@ -61,6 +61,21 @@ def recognise(checkpoint: Checkpoint) -> str | None:
     return form
 
 
+def is_sparse_form(compression: dict[str, Any]) -> bool:
+    """Whether a ``quantization_config`` alone says that weights are in a form that no engine reads.
+
+    Sparse weights that are stored dense, or quantised in a form that engines still read, are none.
+    """
+    method = compression.get("quant_method")
+    if method == "gptq":
+        marks = ("marlin_24", "gptq_marlin_24")
+        return compression.get("checkpoint_format") in marks
+    sparsity = compression.get("sparsity_config") or {}
+    forms = {compression.get("format"), sparsity.get("format")}
+    known = {"sparse-24-bitmask", "sparse-bitmask", "marlin-24"}
+    return method in ("compressed-tensors", "sparseml") and bool(forms & known)
+
+
 def rescue(path: object) -> str:
     """The command that makes a packed model of an orphaned checkpoint."""
     return f"secateur compile {path} -o {str(path).rstrip('/')}-packed --format packed"

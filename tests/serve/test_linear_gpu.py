@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from secateur.compile.gpu import held, machine, sm80
 from secateur.compile.gpu.dispatch import Machine
 from secateur.serve.linear import kernel_report
+from secateur.serve.vllm.product import Product, make_product
 from tests.compile.gpu.linears import HALVES, assert_product, draw
 from tests.compile.gpu.modules import make
 from tests.serve.hf_models import close
@@ -66,6 +67,21 @@ def test_both_sides_of_the_crossover(tokens: int) -> None:
         twin = torch.nn.functional.linear(x, weight.half())
     assert torch.equal(y, twin) == (tokens == 129)
     assert torch.allclose(y.float(), twin.float(), atol=0.03)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_merged_linears_as_vllm_has_them(alike: bool) -> None:
+    """Gate and up, one below the other: one matrix, or one for each pattern."""
+    drawn = [draw(pattern, "int8", 16, 64) for pattern in ("2:4", "2:4" if alike else "50%@8x1")]
+    device, biases = torch.device("cpu"), torch.randn(32).bfloat16()
+    product = make_product([pieces for pieces, _ in drawn], torch.bfloat16, device)
+    assert isinstance(product, Product)
+    assert product.how.count("Triton up to") == (1 if alike else 2)
+    x = torch.randn(2, 3, 64).bfloat16()
+    weight = torch.cat([weight for _, weight in drawn])
+    y = product(x, biases)
+    assert_product(y.reshape(6, 32), x.reshape(6, 64), weight, biases)
+    assert isinstance(make_product([drawn[0][0]], torch.float32, device), str)  # no kernel for it
 
 
 def test_a_given_crossover_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def draw_mask(rows: int, columns: int, pattern: Pattern, generator: torch.Genera
     return (scores.argsort(-1).argsort(-1) < pattern.n).reshape(rows, columns)
 
 
-def make_pruned(directory: Path) -> Path:
+def make_pruned(directory: Path, patterns: dict[str, str] = PATTERNS) -> Path:
     """A random Qwen2, which has biases, as `secateur prune` writes it."""
     import transformers
 
@@ -73,7 +73,7 @@ def make_pruned(directory: Path) -> Path:
         if module.bias is not None:
             torch.nn.init.normal_(module.bias, generator=generator)
         shape, size = tuple(module.weight.shape), module.weight.nbytes
-        text = PATTERNS.get(name.rpartition(".")[2], "dense")
+        text = patterns.get(name.rpartition(".")[2], "dense")
         facts: dict[str, Any] = {"shape": shape, "dense_bytes": size, "bytes": size}
         if text == "dense":
             layers[name] = LayerFacts(pattern="dense", kept_dense="asked", **facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from secateur.compile import pack_model, write_dense
+from secateur.compile import pack_model, write_compressed_tensors, write_dense
+from tests.test_deploy import DEPLOY, documents
 
-from .conftest import command, served
+from .conftest import PYTHON, command, make_pruned, served
 
 pytestmark = pytest.mark.vllm
 LAYER = "model.layers.1.mlp.down_proj"
@@ -66,6 +68,26 @@ def test_integers_and_the_way_without_kernels(
         assert "dense in vLLM: SECATEUR_KERNELS=off" in server.log.read_text()
 
 
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_an_orphan_answers_as_its_dense_twin(
+    values: str | None, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """sparse-24-bitmask, which vLLM alone refuses, with float weights and with scaled ones."""
+    two_of_four = {name: "2:4" for name in ("q_proj", "v_proj", "gate_proj", "down_proj")}
+    pruned = make_pruned(tmp_path / "pruned", two_of_four)
+    write_compressed_tensors(pruned, tmp_path / "orphan", values=values)  # type: ignore[arg-type]
+    write_dense(tmp_path / "orphan", tmp_path / "twin")
+    eager = "--enforce-eager"
+    with served(tmp_path / "twin", tmp_path / "twin.log", eager) as server:
+        expected = [server.tokens(prompt) for prompt in prompts]
+    fp32 = {"SECATEUR_ACTIVATIONS": "fp32"}
+    with served(tmp_path / "orphan", tmp_path / "log", eager, **fp32) as server:
+        assert [server.tokens(prompt) for prompt in prompts] == expected
+        log = server.log.read_text()
+    assert "self_attn.qkv_proj (2): layout 2:4" in log
+    assert "mlp.down_proj (2): layout 2:4" in log
+
+
 def run(directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(directory, "--port", "0", "--enforce-eager"),
@@ -97,3 +119,31 @@ def test_a_mask_that_contradicts_its_values_is_refused(packed: Path, tmp_path: P
     ended = run(copy)
     assert ended.returncode != 0
     assert f"tensor {name!r} is damaged: " in ended.stdout + ended.stderr
+
+
+def test_the_arguments_of_the_deployment_files(packed: Path) -> None:
+    """vLLM's own parser and engine take what deploy/ gives it, and the image's check passes."""
+    (spec,) = documents("production-stack.yaml")[0]["servingEngineSpec"]["modelSpec"]
+    stack = spec["vllmConfig"]
+    words = [
+        *("--tensor-parallel-size", str(stack["tensorParallelSize"])),
+        *("--max-model-len", str(stack["maxModelLen"]), "--dtype", stack["dtype"]),
+        *stack["extraArgs"],
+    ]
+    application = documents("ray-serve.yaml")[0]["applications"][0]
+    options = application["args"]["llm_configs"][0]["engine_kwargs"]
+    check = re.search(r'python3 -c "(.*)"', (DEPLOY / "Dockerfile").read_text())
+    assert check is not None
+    code = f"""
+import argparse
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+found = make_arg_parser(FlexibleArgumentParser()).parse_args({words!r})
+assert found.tensor_parallel_size == {stack["tensorParallelSize"]}, found
+assert AsyncEngineArgs(model={str(packed)!r}, **{options!r}).tensor_parallel_size == 2
+{check[1]}
+"""
+    ran = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.startswith("vLLM 0.")
