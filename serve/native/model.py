@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,6 +175,14 @@ def _build(a: Architecture, weights: Weights, kv_type: KvType, pages: int, max_l
     offset = 1.0 if a.family.gemma else 0.0
     embedding, kind = weights.table("model.embed_tokens.weight", (a.vocabulary, a.hidden))
     head = "model.embed_tokens.weight" if a.tied else "lm_head.weight"
+    with ThreadPoolExecutor(cpu.threads()) as pool:
+        try:
+            made = pool.submit(weights.head, head, (a.vocabulary, a.hidden))
+            layers = [pool.submit(_layer, a, weights, index, offset) for index in range(a.layers)]
+            matrix, arguments = made.result(), [layer.result() for layer in layers]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     decoder = cpu._native().decoder(
         hidden=a.hidden,
         intermediate=a.intermediate,
@@ -193,12 +202,12 @@ def _build(a: Architecture, weights: Weights, kv_type: KvType, pages: int, max_l
         embedding=embedding,
         embedding_type=kind,
         norm=weights.vector("model.norm.weight", a.hidden, offset),
-        head=weights.head(head, (a.vocabulary, a.hidden)),
+        head=matrix,
         cache_type=kv_type,
         pages=pages,
     )
-    for index in range(a.layers):
-        decoder.add_layer(**_layer(a, weights, index, offset))
+    for layer in arguments:
+        decoder.add_layer(**layer)
     return decoder
 
 

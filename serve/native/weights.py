@@ -149,7 +149,7 @@ class Weights:
             sizes[key] += matrix.nbytes
         return [
             MatrixUse(count, layout, values, activations, sizes[key], why)
-            for key, count in counts.most_common()
+            for key, count in sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
             for layout, values, activations, why in [key]
         ]
 
