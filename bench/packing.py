@@ -89,12 +89,10 @@ class PackingResult(_Result):
     """The result of ``bench packing``; docs/bench.md explains every key.
 
     Attributes:
-        command: the command line that made it, if one did.
         isa: the instruction set that our kernels use.
     """
 
     schema_: Literal["secateur/bench-packing/1"] = Field("secateur/bench-packing/1", alias="schema")
-    command: str
     isa: str
     settings: PackingSettings
     conversions: tuple[PackingRow, ...]

@@ -125,6 +125,16 @@ class Environment(_Facts):
 
 
 class _Result(_Facts):
+    """What every result holds.
+
+    Attributes:
+        command: the command line that made it, if one did.
+        environment: where and when it was made.
+        dtype: what was computed in.
+        notes: what a reader must know before quoting it.
+    """
+
+    command: str = ""
     environment: Environment
     dtype: str
     notes: tuple[str, ...]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -228,10 +230,13 @@ def _deliver(result: dict[str, Any], output: Path | None, json: bool) -> None:
         emit(result)
 
 
+def command_line() -> str:
+    """The command as it was typed, for the result."""
+    return shlex.join(["secateur", *sys.argv[1:]])
+
+
 def _console() -> Console:
     """A console that breaks lines for a terminal only."""
-    import sys
-
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 250)
