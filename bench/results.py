@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 
+GateName = Literal["recovery", "perplexity_increase"]
+
+
 class _Facts(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
@@ -61,6 +64,33 @@ class Estimate(_Facts):
             stddev=None if self.stddev is None else value * self.stddev,
             standard_error=None if self.standard_error is None else value * self.standard_error,
         )
+
+
+class Interval(_Facts):
+    """A number and the interval that holds it with 95 % confidence."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Gate(_Facts):
+    """What was asked of a number, and whether it is so.
+
+    Attributes:
+        path: the model.
+        name: of the number: recovery or perplexity_increase.
+        limit: the least recovery, or the greatest increase.
+        value: what was measured; it alone decides.
+        certain: whether all of the interval that belongs to the value is on the same side.
+    """
+
+    path: str
+    name: GateName
+    limit: float
+    value: float
+    passed: bool
+    certain: bool
 
 
 class Spread(_Facts):
@@ -154,6 +184,27 @@ class TextFacts(_Facts):
     sha256: str
 
 
+class TaskScore(_Facts):
+    """How one model did on one task; recovery is None without a baseline, and for it.
+
+    Attributes:
+        name: of lm-eval, or the file's without its ending.
+        sha256: of a file's items; None of lm-eval's own.
+        acc: share of right answers, with its error over items.
+        acc_norm: likewise, if lm-eval takes the choices' lengths into account; None if it cannot.
+        recovery: acc / acc of the baseline, on the same items.
+        right: of each item 1 or 0, for other tests than ours.
+    """
+
+    name: str
+    sha256: str | None
+    items: int
+    acc: Estimate
+    acc_norm: Estimate | None
+    recovery: Interval | None
+    right: tuple[float, ...]
+
+
 class ModelAccuracy(_Facts):
     """How well one model predicts the text; what compares it is None for the baseline.
 
@@ -165,6 +216,9 @@ class ModelAccuracy(_Facts):
         perplexity_ratio: to the baseline's, paired by window.
         kl: KL(baseline‖model), nats per predicted token.
         top1_agreement: fraction of tokens where both models prefer the same next token.
+        topk_agreement: share of the baseline's k likeliest next tokens that are among its own.
+        tasks: its scores; empty if none were asked for.
+        recovery: mean acc over the tasks / the same of the baseline; None without either.
         window_nll: the nats of each window, for other tests than ours.
     """
 
@@ -175,15 +229,25 @@ class ModelAccuracy(_Facts):
     perplexity_ratio: Estimate | None
     kl: Estimate | None
     top1_agreement: Estimate | None
+    topk_agreement: Estimate | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    recovery: Interval | None = None
     window_nll: tuple[float, ...]
 
 
 class AccuracyResult(_Result):
-    """The result of ``bench accuracy``; docs/bench.md explains every key."""
+    """The result of ``bench accuracy``; docs/bench.md explains every key.
 
-    schema_: Literal["secateur/bench-accuracy/1"] = Field(
-        "secateur/bench-accuracy/1", alias="schema"
+    Attributes:
+        top_k: the k of `ModelAccuracy.topk_agreement`.
+        gates: what was asked of the models, one for each model and limit.
+    """
+
+    schema_: Literal["secateur/bench-accuracy/2"] = Field(
+        "secateur/bench-accuracy/2", alias="schema"
     )
+    top_k: int
+    gates: tuple[Gate, ...] = ()
     text: TextFacts
     window: int
     stride: int

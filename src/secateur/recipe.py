@@ -129,6 +129,11 @@ class Accuracy(Section):
     window: int = Field(512, ge=2, description="Tokens per window.")
     stride: int | None = Field(None, ge=1, description="Step between windows; None: the window.")
     windows: int | None = Field(None, ge=1, description="Use the first this many; None: all.")
+    top_k: int = Field(5, ge=1, description="Likeliest next tokens that are compared with dense.")
+    tasks: tuple[str, ...] | None = Field(
+        None, description="Tasks of lm-eval, or .jsonl files of items; None: none."
+    )
+    limit: int | None = Field(None, ge=1, description="Items of each task; None: all.")
 
 
 class Latency(Section):

@@ -122,9 +122,9 @@ def test_scores_do_not_depend_on_the_chunks() -> None:
     torch.manual_seed(0)
     logits, baseline = torch.randn(300, 7), torch.randn(300, 7)
     targets = torch.randint(7, (300,))
-    score = score_window(logits, baseline, targets)
+    score = score_window(logits, baseline, targets, 5)
     rows = (slice(i, i + 1) for i in range(300))
-    parts = [score_window(logits[row], baseline[row], targets[row]) for row in rows]
+    parts = [score_window(logits[row], baseline[row], targets[row], 5) for row in rows]
     assert score.nll == pytest.approx(sum(part.nll for part in parts), rel=1e-6)
     assert score.kl == pytest.approx(sum(part.kl or 0 for part in parts), rel=1e-5)
     assert score.agreeing == sum(part.agreeing or 0 for part in parts)
@@ -147,7 +147,7 @@ def test_the_result_survives_json(dense: Path, sparse: Path, text: Path) -> None
         progress=lambda done, total: ticks.append((done, total)),
     )
     plain = result.to_json()
-    assert plain["schema"] == "secateur/bench-accuracy/1"
+    assert plain["schema"] == "secateur/bench-accuracy/2"
     assert AccuracyResult.model_validate(plain) == result
     assert result.models[0].perplexity.standard_error is None  # one window tells of no spread
     assert ticks == [(0, 1), (1, 1)]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from secateur.errors import EXIT_INTERRUPTED, SecateurError, UsageError
+from secateur.errors import EXIT_INTERRUPTED, GateFailed, SecateurError, UsageError
 
 app = typer.Typer(
     name="secateur",
@@ -55,7 +55,8 @@ def emit(result: Any) -> None:
 
 def _fail(fault: SecateurError) -> NoReturn:
     if "--json" in sys.argv:
-        emit({"error": {"message": fault.what, "fix": fault.fix, "exit_code": fault.exit_code}})
+        said = {"message": fault.what, "fix": fault.fix, "exit_code": fault.exit_code}
+        emit((fault.result if isinstance(fault, GateFailed) else {}) | {"error": said})
     print(f"error: {fault}", file=sys.stderr)
     raise SystemExit(fault.exit_code)
 

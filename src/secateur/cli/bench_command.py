@@ -15,9 +15,10 @@ from secateur.progress import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from secateur.bench import AccuracyResult, LatencyResult
-    from secateur.bench.results import Environment, Estimate
+    from secateur.bench.results import Environment, Estimate, Gate, Interval
 
 Models = Annotated[list[str], Argument(help="Model directories: dense, pruned or packed.")]
 Against = Annotated[str | None, Option(help="Directory of the dense model to compare with.")]
@@ -42,29 +43,69 @@ def accuracy(
     windows: Annotated[
         int | None, Option(help="Read only this many windows.", show_default="all")
     ] = None,
+    top_k: Annotated[
+        int, Option(help="Likeliest next tokens that are compared with the dense model's.")
+    ] = 5,
+    tasks: Annotated[
+        list[str] | None,
+        Option("--task", help="A task of lm-eval, or a .jsonl file of items; may be repeated."),
+    ] = None,
+    limit: Annotated[
+        int | None, Option(help="Ask only so many items of each task.", show_default="all")
+    ] = None,
+    min_recovery: Annotated[
+        float | None,
+        Option(
+            help="End with code 5 if less of the dense accuracy on the tasks is left, e.g. 0.99."
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, Option(help="End with code 5 if perplexity rises by more, e.g. 10%.")
+    ] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     device: Device = "auto",
     output: Output = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Measure perplexity, and KL divergence and top-1 agreement with a dense model."""
+    """Measure perplexity, KL divergence, agreement and zero-shot accuracy beside a dense model."""
     from secateur.bench import measure_accuracy
+    from secateur.bench.recovery import check_gates, parse_share, refuse_failed, require_grounds
     from secateur.recipe import Accuracy, validate
 
     settings = validate(
         Accuracy,
-        {"data": data, "window": window, "stride": stride, "windows": windows},
+        {
+            "data": data,
+            "window": window,
+            "stride": stride,
+            "windows": windows,
+            "top_k": top_k,
+            "tasks": tasks,
+            "limit": limit,
+        },
         "bench accuracy",
     )
+    increase = None if max_ppl_increase is None else parse_share(max_ppl_increase)
+    require_grounds(against, settings.tasks, min_recovery, increase)
     _check_output(output)
     with progress("windows", quiet) as tick:
         result = measure_accuracy(
-            models, settings, against=against, dtype=dtype, device=device, progress=tick
+            models,
+            settings,
+            against=against,
+            dtype=dtype,
+            device=device,
+            command=command_line(),
+            quiet=quiet,
+            progress=tick,
         )
-    _deliver(result.to_json(), output, json)
+    result = check_gates(result, min_recovery, increase)
+    failed = any(not gate.passed for gate in result.gates)
+    _deliver(result.to_json(), output, json and not failed)
     if not json:
         show_accuracy(result)
+    refuse_failed(result)
 
 
 @bench.command("latency")
@@ -129,7 +170,8 @@ def show_accuracy(result: AccuracyResult) -> None:
     from rich.table import Table
 
     table = Table("model", box=None)
-    for title in ("MB", "perplexity", "/ baseline", "KL, nats/token", "top-1 agreement"):
+    top = f"top-{result.top_k}"
+    for title in ("MB", "perplexity", "/ baseline", "KL, nats/token", "top-1 agreement", top):
         table.add_column(title, justify="right", no_wrap=True)
 
     for model in result.everyone:
@@ -141,9 +183,12 @@ def show_accuracy(result: AccuracyResult) -> None:
             ratio,
             _estimate(model.kl),
             _estimate(model.top1_agreement),
+            _estimate(model.topk_agreement),
         )
     console = _console()
     console.print(table)
+    if result.everyone[0].tasks:
+        console.print(_tasks_table(result))
     text = result.text
     for line in (
         f"text {text.name}: {result.windows} windows of {result.window} tokens, stride "
@@ -151,9 +196,43 @@ def show_accuracy(result: AccuracyResult) -> None:
         "text); ± is one standard error over windows",
         f"tokenizer {text.tokenizer}, no special tokens; sha256 of the evaluated ids {text.sha256}",
         _where(result.environment, result.dtype),
+        *(f"gate: {_gate(gate)}" for gate in result.gates),
         *(f"note: {note}" for note in result.notes),
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _tasks_table(result: AccuracyResult) -> Table:
+    from rich.table import Table
+
+    table = Table("model", "task", box=None)
+    for title in ("items", "acc", "acc_norm", "recovery (95 %)"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for model in result.everyone:
+        for number, task in enumerate(model.tasks):
+            table.add_row(
+                "" if number else model.path,
+                task.name,
+                str(task.items),
+                _estimate(task.acc),
+                _estimate(task.acc_norm),
+                _interval(task.recovery),
+            )
+        if len(model.tasks) > 1 and model.recovery:
+            table.add_row("", "all", "", "", "", _interval(model.recovery))
+    return table
+
+
+def _interval(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"{interval.value:.4f} ({interval.low:.4f} … {interval.high:.4f})"
+
+
+def _gate(gate: Gate) -> str:
+    said = f"{gate.path}: {gate.name} {gate.value:.4f}, limit {gate.limit:g}: "
+    said += "passed" if gate.passed else "failed"
+    return said if gate.certain else f"{said}; the error of the measurement reaches the limit"
 
 
 def show_latency(result: LatencyResult) -> None:
