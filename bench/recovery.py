@@ -153,7 +153,7 @@ def refuse_failed(result: AccuracyResult) -> None:
                 f"{'' if gate.certain else ' (too close to tell on so few samples)'}"
                 for gate in failed
             ),
-            "prune less, choose another method or value type, or `secateur heal` the model",
+            "prune less, or choose another method or value type",
             result.to_json(),
         )
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from secateur.bench.endpoint import served
-from secateur.bench.latency import notes_on_machine
 from secateur.bench.load import (
     Api,
     Reply,
@@ -33,6 +32,7 @@ from secateur.bench.serving_results import (
     ServingResult,
     find_knee,
 )
+from secateur.bench.subjects import notes_on_machine
 from secateur.device import choose_device
 from secateur.errors import EnvironmentFault, UsageError, did_you_mean
 from secateur.progress import Tick, no_tick

@@ -47,7 +47,7 @@ def test_one_window_has_no_error_to_show(dense: Path, text: Path) -> None:
 def test_latency_as_a_table(dense: Path, sparse: Path, tmp_path: Path) -> None:
     shown = run("latency", sparse, "--against", dense, *QUICK, "--output", tmp_path / "out.json")
     result = LatencyResult.model_validate_json((tmp_path / "out.json").read_text())
-    speedup = result.models[0].decode_speedup
+    speedup = result.models[0].points[0].decode_speedup
     assert speedup is not None
     assert f"{speedup.value:.3f} ± {speedup.stddev:.3f}" in shown
     assert "baseline" in shown
@@ -56,9 +56,9 @@ def test_latency_as_a_table(dense: Path, sparse: Path, tmp_path: Path) -> None:
 
 def test_latency_as_json(dense: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = json.loads(run("latency", dense, *QUICK, "--json", "--quiet"))
-    assert printed["schema"] == "secateur/bench-latency/2"
+    assert printed["schema"] == "secateur/bench-latency/3"
     assert printed["baseline"] is None
-    assert len(printed["models"][0]["prefill_tokens_per_s"]["samples"]) == 2
+    assert len(printed["models"][0]["points"][0]["prefill_tokens_per_s"]["samples"]) == 2
     assert capfd.readouterr().err == ""
 
 
@@ -74,5 +74,5 @@ def test_defaults_are_those_of_a_recipe(command: str, section: type[Accuracy | L
     import inspect
 
     flags = inspect.signature(getattr(secateur.cli.bench_command, command)).parameters
-    for name, field in section.model_fields.items():
-        assert flags[name].default == field.default, name
+    given = {name: flags[name].default for name in section.model_fields}
+    assert section.model_validate(given) == section()

@@ -120,18 +120,20 @@ def test_measuring_tiny_models(dense: Path, sparse: Path) -> None:
     assert result.rounds == 3
     assert result.baseline is not None
     (model,) = result.models
-    assert len(model.decode_tokens_per_s.samples) == 3
-    assert model.decode_speedup is not None
-    assert model.decode_speedup.value == pytest.approx(
-        model.decode_tokens_per_s.mean / result.baseline.decode_tokens_per_s.mean
+    (point,), (base,) = model.points, result.baseline.points
+    assert (point.prompt, point.batch) == (8, 2)
+    assert len(point.decode_tokens_per_s.samples) == 3
+    assert point.decode_speedup is not None
+    assert point.decode_speedup.value == pytest.approx(
+        point.decode_tokens_per_s.mean / base.decode_tokens_per_s.mean
     )
-    assert result.baseline.prefill_speedup is None
+    assert base.prefill_speedup is None
     assert model.bytes == model_bytes(sparse) == (sparse / "model.safetensors").stat().st_size
     assert model.memory_bytes > 0
     assert model.modules["Linear"] == 15
     assert result.peak_rss_bytes > 2**20
     plain = json.loads(json.dumps(result.to_json()))
-    assert plain["schema"] == "secateur/bench-latency/2"
+    assert plain["schema"] == "secateur/bench-latency/3"
     assert LatencyResult.model_validate(plain) == result
 
 

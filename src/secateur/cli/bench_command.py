@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from secateur.bench import AccuracyResult, LatencyResult
+    from secateur.bench import AccuracyResult
     from secateur.bench.results import Environment, Estimate, Gate, Interval
 
 Models = Annotated[list[str], Argument(help="Model directories: dense, pruned or packed.")]
@@ -115,11 +115,14 @@ def latency(
     engine: Annotated[
         str, Option(help="What runs directories: transformers, native, or auto.")
     ] = "auto",
-    prompt: Annotated[int, Option(help="Prompt tokens of the prefill.")] = 128,
+    prompt: Annotated[str, Option(help="Prompt tokens of the prefill, e.g. 32,512.")] = "128",
     new_tokens: Annotated[int, Option(help="Tokens decoded after it.")] = 32,
-    batch: Annotated[int, Option(help="Sequences at once.")] = 1,
+    batch: Annotated[str, Option(help="Sequences at once, e.g. 1,8,32.")] = "1",
     rounds: Annotated[int, Option(help="Interleaved rounds at least.")] = 5,
     min_seconds: Annotated[float, Option(help="Go on with rounds until this much time.")] = 3.0,
+    layers: Annotated[
+        bool, Option("--layers", help="Also time every linear by itself, a batch of tokens each.")
+    ] = False,
     threads: Annotated[
         int | None, Option(min=1, help="CPU threads.", show_default="all cores")
     ] = None,
@@ -158,10 +161,14 @@ def latency(
             device=device,
             threads=threads,
             head_values=head_values,
+            layers=layers,
+            command=command_line(),
             progress=tick,
         )
     _deliver(result.to_json(), output, json)
     if not json:
+        from secateur.cli.latency_tables import show_latency
+
         show_latency(result)
 
 
@@ -233,47 +240,6 @@ def _gate(gate: Gate) -> str:
     said = f"{gate.path}: {gate.name} {gate.value:.4f}, limit {gate.limit:g}: "
     said += "passed" if gate.passed else "failed"
     return said if gate.certain else f"{said}; the error of the measurement reaches the limit"
-
-
-def show_latency(result: LatencyResult) -> None:
-    """Print a latency result: a line for each model and phase, then warnings and the machine."""
-    from rich.table import Table
-
-    table = Table("model", "engine", "phase", box=None)
-    for title in ("tokens/s, mean ± σ", "min … max", "speed-up"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for model in result.everyone:
-        for name, ran, phase, rate, speedup in (
-            (
-                model.path,
-                model.engine,
-                "prefill",
-                model.prefill_tokens_per_s,
-                model.prefill_speedup,
-            ),
-            ("", "", "decode", model.decode_tokens_per_s, model.decode_speedup),
-        ):
-            times = f"{speedup.value:.3f} ± {speedup.stddev:.3f}" if speedup else ""
-            table.add_row(
-                name,
-                ran,
-                phase,
-                f"{rate.mean:.2f} ± {rate.stddev:.2f}",
-                f"{rate.min:.2f} … {rate.max:.2f}",
-                "baseline" if model is result.baseline else times,
-            )
-    console = _console()
-    console.print(table)
-    for line in (
-        f"prompt {result.prompt}, new tokens {result.new_tokens}, batch {result.batch}; "
-        f"{result.rounds} interleaved rounds in {result.measured_seconds:.1f} s; ± is one standard "
-        "deviation over rounds",
-        f"{_where(result.environment, result.dtype)}, {result.environment.threads} threads, peak "
-        f"memory of the process {result.peak_rss_bytes / 2**30:.2f} GiB",
-        *(f"note: {note}" for note in result.notes),
-        *(f"warning: {model.path}: {text}" for model in result.everyone for text in model.warnings),
-    ):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _estimate(estimate: Estimate | None) -> str:
