@@ -25,6 +25,7 @@ from secateur.bench.latency_results import (
     find_crossovers,
 )
 from secateur.bench.layers import time_layers
+from secateur.bench.onnx_runner import open_onnx
 from secateur.bench.results import Environment, Estimate, Spread
 from secateur.bench.runners import (
     Runner,
@@ -32,7 +33,7 @@ from secateur.bench.runners import (
     Timing,
     Workload,
     choose_engine,
-    is_gguf,
+    is_file,
     open_llama_cpp,
     open_native,
     open_transformers,
@@ -62,11 +63,12 @@ def measure_latency(
     """Time models against each other; all of them are in memory at once.
 
     Args:
-        models: directories of dense, pruned or packed models, run by one engine; or .gguf files,
-            run by llama.cpp.
+        models: directories of dense, pruned or packed models, run by one engine; or files: .gguf,
+            run by llama.cpp, .onnx, by ONNX Runtime or OpenVINO.
         settings: prompts, new tokens, batches, rounds, seconds; None: the defaults.
         against: the model that the speed-ups refer to.
-        engine: transformers, native, or auto: native where it can run all of the directories.
+        engine: transformers, native, or auto: native where it can run all of the directories;
+            openvino: auto, and OpenVINO for .onnx files.
         dtype: compute type of transformers: float32, bfloat16, float16 or auto.
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads; None: all cores of this process.
@@ -78,7 +80,7 @@ def measure_latency(
     Raises:
         ModelError: a model cannot be opened or reads fewer tokens than asked.
         UsageError: an engine, dtype or device is unknown, or they do not go together.
-        EnvironmentFault: CUDA or llama.cpp is asked for and absent.
+        EnvironmentFault: CUDA or the program that runs a file is absent.
     """
     settings = settings or recipe.Latency()
     loads = [
@@ -88,9 +90,12 @@ def measure_latency(
     ]
     place = choose_device(device)
     paths = [*([against] if against is not None else []), *models]
-    directories = [path for path in paths if not is_gguf(path)]
+    directories = [path for path in paths if not is_file(path)]
     if directories or not paths:
         check_models(directories, max(settings.prompt) + settings.new_tokens)
+    onnx = "onnxruntime"
+    if engine == "openvino":
+        engine, onnx = "auto", engine
     engine, remark = choose_engine(engine, paths, place.type, dtype)
     native, note = engine == "native", None
     if not native:
@@ -98,8 +103,10 @@ def measure_latency(
     threads = threads or len(os.sched_getaffinity(0))
 
     def open_one(path: str | Path) -> Subject:
-        if is_gguf(path):
+        if Path(path).suffix == ".gguf":
             return open_llama_cpp(path, loads, threads)
+        if Path(path).suffix == ".onnx":
+            return open_onnx(path, onnx, threads)
         if native:
             return open_native(path, loads, threads, head_values)
         return open_transformers(path, dtype, place)

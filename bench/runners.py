@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
-ENGINES = ("transformers", "native")  # of directories; a .gguf file is run by llama.cpp
+# Of directories; a .gguf file is run by llama.cpp, an .onnx file by ONNX Runtime or OpenVINO.
+ENGINES = ("transformers", "native")
 _CHUNK = 512  # prompt tokens of a step: what an engine with other things to do would take
 
 
@@ -78,9 +79,9 @@ class Subject:
     linears: Linears | None = None
 
 
-def is_gguf(path: str | Path) -> bool:
-    """Whether a path is llama.cpp's to run."""
-    return Path(path).suffix == ".gguf"
+def is_file(path: str | Path) -> bool:
+    """Whether a path is a file that another program runs, and no directory."""
+    return Path(path).suffix in (".gguf", ".onnx")
 
 
 def choose_engine(
@@ -103,7 +104,7 @@ def choose_engine(
     elif dtype != "auto":
         why = f"it computes in the type of the weights, not in {dtype}"
     for path in paths:
-        why = why or (None if is_gguf(path) else obstacle(path))
+        why = why or (None if is_file(path) else obstacle(path))
     if why is None:
         return "native", None
     if wanted == "native":

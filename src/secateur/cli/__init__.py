@@ -115,6 +115,6 @@ from secateur.cli import prune_command, compile_command  # noqa: E402, F401
 from secateur.cli import serve_command, chat_command  # noqa: E402, F401
 from secateur.cli import bench_command, methods_bench_command, run_command  # noqa: E402, F401
 from secateur.cli import kernels_bench_command, packing_bench_command  # noqa: E402, F401
-from secateur.cli import serving_bench_command  # noqa: E402, F401
+from secateur.cli import serving_bench_command, rivals_bench_command  # noqa: E402, F401
 from secateur.cli import ceiling_command  # noqa: E402, F401
 from secateur.cli import inspect_command, layer_command  # noqa: E402, F401

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 Models = Annotated[list[str], Argument(help="Model directories: dense, pruned or packed.")]
 Against = Annotated[str | None, Option(help="Directory of the dense model to compare with.")]
-Timed = Annotated[list[str], Argument(help="Model directories; .gguf files go to llama.cpp.")]
+Timed = Annotated[
+    list[str], Argument(help="Model directories; .gguf goes to llama.cpp, .onnx to ONNX Runtime.")
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Output = Annotated[Path | None, Option("--output", "-o", help="Also write the JSON to this file.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress on stderr.")]
@@ -113,7 +115,8 @@ def latency(
     models: Timed,
     against: Against = None,
     engine: Annotated[
-        str, Option(help="What runs directories: transformers, native, or auto.")
+        str,
+        Option(help="What runs directories: transformers, native, auto; openvino: .onnx files."),
     ] = "auto",
     prompt: Annotated[str, Option(help="Prompt tokens of the prefill, e.g. 32,512.")] = "128",
     new_tokens: Annotated[int, Option(help="Tokens decoded after it.")] = 32,
