@@ -76,7 +76,7 @@ test-page: install
 	@command -v chromium > /dev/null || \
 	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qqy chromium > /dev/null; } || \
 	  { echo "make test-page needs a browser: apt-get install chromium"; exit 1; }
-	$(BIN)/python -m pytest -m page tests/serve/test_page.py
+	$(BIN)/python -m pytest -m page tests/serve/test_page.py tests/bench/test_report_page.py
 
 # A CUTLASS kernel of every type, compiled; needs nvcc, but no GPU.
 test-nvcc: install

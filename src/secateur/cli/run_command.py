@@ -50,7 +50,9 @@ def run(
 
         console = Console()
         console.print(render_summary(summary))
-        console.print(f"everything is in {chosen.output}", soft_wrap=True)
+        console.print(
+            f"everything is in {chosen.output}; open {chosen.output}/report.html", soft_wrap=True
+        )
 
 
 class _Run:
@@ -166,6 +168,7 @@ class _Run:
 
     def _bench(self, dense: Path, packed: Path) -> dict[str, Any]:
         from secateur.bench import measure_accuracy, measure_latency, summarise
+        from secateur.bench.report import make_report
         from secateur.checkpoint import write_json
         from secateur.progress import progress
 
@@ -181,6 +184,8 @@ class _Run:
         write_json(folder / "latency.json", latency.to_json())
         summary = summarise(dense, packed, accuracy, latency)
         write_json(self.output / "summary.json", summary)
+        results = [folder / "accuracy.json", folder / "latency.json", packed]
+        make_report(results, self.output / "report.html")
         return summary
 
 
