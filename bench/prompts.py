@@ -89,7 +89,9 @@ def _random(tokenizer: Any, length: int, new_tokens: int, seed: int) -> Iterator
     some times at most. What a server puts before a text (BOS) is taken into account.
     """
     special = set(tokenizer.all_special_ids)
-    known = np.array([one for one in range(tokenizer.vocab_size) if one not in special])
+    # Others may be parts of characters, which do not come back from text as they were.
+    plain = (n for word, n in tokenizer.get_vocab().items() if word.lstrip("Ġ▁").isascii())
+    known = np.array(sorted(set(plain) - special))
     own = max(1, length - len(tokenizer("")["input_ids"]))
     for number in count():
         draw = np.random.default_rng((seed, number))
