@@ -40,8 +40,7 @@ class Prompts:
         data: "random", or a file: see `_read`.
         tokenizer: of the served model; None if there is none at hand.
         length: tokens of a random prompt.
-        new_tokens: tokens of an answer; None: of random prompts 64, of others as long as the
-            answer in the file.
+        new_tokens: tokens of an answer; None: as many as the answer in the file has.
         seed: draws random prompts.
 
     Attributes:
@@ -68,7 +67,7 @@ class Prompts:
                     "random prompts are drawn from the vocabulary of a tokenizer, and none is here",
                     "name the model's directory with --tokenizer, or give a file with --data",
                 )
-            self._supply = _random(tokenizer, length, new_tokens or 64, seed)
+            self._supply = _random(tokenizer, length, new_tokens or 1, seed)
         else:
             self._supply = self._cycle(_read(Path(data), tokenizer, new_tokens))
 

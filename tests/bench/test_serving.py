@@ -290,6 +290,7 @@ def test_a_directory_is_served_meanwhile(tiny: Path, tmp_path: Path) -> None:
         assert point.input_lens == (8,) * 4
         assert point.request_goodput is not None
         assert f"{point.output_throughput:.1f}" in done.stdout
+    assert (result.new_tokens, result.ignore_eos, result.seed) == (3, True, 0)
     assert result.knee in (1, 2, 4)
     assert f"knee: {result.knee} at once" in done.stdout
     assert "Offline, tokens/s" in done.stdout
