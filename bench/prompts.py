@@ -40,8 +40,7 @@ class Prompts:
         data: "random", or a file: see `_read`.
         tokenizer: of the served model; None if there is none at hand.
         length: tokens of a random prompt.
-        new_tokens: tokens of an answer; None: of random prompts 64, of others as long as the
-            answer in the file.
+        new_tokens: tokens of an answer; None: as many as the answer in the file has.
         seed: draws random prompts.
 
     Attributes:
@@ -68,7 +67,7 @@ class Prompts:
                     "random prompts are drawn from the vocabulary of a tokenizer, and none is here",
                     "name the model's directory with --tokenizer, or give a file with --data",
                 )
-            self._supply = _random(tokenizer, length, new_tokens or 64, seed)
+            self._supply = _random(tokenizer, length, new_tokens or 1, seed)
         else:
             self._supply = self._cycle(_read(Path(data), tokenizer, new_tokens))
 
@@ -89,7 +88,9 @@ def _random(tokenizer: Any, length: int, new_tokens: int, seed: int) -> Iterator
     some times at most. What a server puts before a text (BOS) is taken into account.
     """
     special = set(tokenizer.all_special_ids)
-    known = np.array([one for one in range(tokenizer.vocab_size) if one not in special])
+    # Others may be parts of characters, which do not come back from text as they were.
+    plain = (n for word, n in tokenizer.get_vocab().items() if word.lstrip("Ġ▁").isascii())
+    known = np.array(sorted(set(plain) - special))
     own = max(1, length - len(tokenizer("")["input_ids"]))
     for number in count():
         draw = np.random.default_rng((seed, number))

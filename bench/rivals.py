@@ -48,7 +48,7 @@ class RivalRow(_Facts):
         prefill_tokens_per_s, decode_tokens_per_s: of all rounds of all passes.
         prefill_speedup, decode_speedup: mean rate / that of the baseline; not paired, so their
             error is that of both. None for the baseline.
-        notes: what it said of itself.
+        notes: linears by layout or modules by class, or the command; and what makes it doubtful.
     """
 
     path: str
@@ -198,7 +198,7 @@ def _run_latency(path: str, engine: str, settings: recipe.Latency, threads: int)
         point.decode_tokens_per_s.samples,
         found.bytes,
         peak,
-        (*found.modules, *point.warnings),
+        ("; ".join(f"{n} {kind}" for kind, n in found.modules.items()), *point.warnings),
     )
 
 
@@ -229,10 +229,15 @@ def _run_vllm(dense: str, settings: recipe.Latency, threads: int) -> Sample:
             seconds.append(json.loads(Path(file.name).read_text())["latencies"])
         peak = max(peak, used)
     first = sum(seconds[0]) / len(seconds[0])
+    if min(seconds[1]) <= first:
+        raise SecateurError(
+            f"{settings.new_tokens} tokens more took vLLM no longer: noise is all there is",
+            "use more --new-tokens",
+        )
     return Sample(
         "vllm",
         tuple(batch * prompt / one for one in seconds[0]),
-        tuple(batch * settings.new_tokens / (one - first) for one in seconds[1] if one > first),
+        tuple(batch * settings.new_tokens / (one - first) for one in seconds[1]),
         model_bytes(dense),
         peak,
         (" ".join(["vllm bench latency", *arguments]),),

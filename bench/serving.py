@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import httpx
 
 SLO_METRICS = ("ttft", "tpot", "e2el")
+_NEW_TOKENS = 64  # of answers to random prompts
 _GAIN = 1.1  # a doubling of the concurrency that brings less ends the sweep
 _WIDEST = 512  # concurrency at which a sweep ends in any case
 
@@ -103,6 +104,8 @@ def measure_serving(
     settings = settings or ServingSettings()
     if not (settings.concurrency or settings.rate or settings.sweep):
         settings = settings.model_copy(update={"concurrency": (1, 8, 32)})
+    if settings.data == "random" and settings.new_tokens is None:
+        settings = settings.model_copy(update={"new_tokens": _NEW_TOKENS})
     url = _address(where)
     if serve_arguments and url:
         raise UsageError(

@@ -199,3 +199,20 @@ def test_nan_is_an_error_not_a_result(dense: Path, text: Path, tmp_path: Path) -
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(ModelError, match="no finite probabilities in window 0"):
         measure_accuracy([tmp_path / "broken"], settings(text))
+
+
+def test_top_k_agreement_by_sets() -> None:
+    torch.manual_seed(1)
+    logits, baseline = torch.randn(200, 30), torch.randn(200, 30)
+    targets = torch.zeros(200, dtype=torch.int64)
+    for k in (1, 5, 30, 99):
+        score = score_window(logits, baseline, targets, k)
+        size = min(k, 30)
+        shared = 0
+        for rows in zip(logits.tolist(), baseline.tolist(), strict=True):
+            best = [set(np.argsort(row)[::-1][:size]) for row in rows]
+            shared += len(best[0] & best[1])
+        assert score.shared == pytest.approx(shared / size)
+    assert score.shared == 200  # all of them
+    same = score_window(logits, logits, targets, 5)
+    assert same.shared == same.agreeing == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,23 @@ def test_latency_as_a_table(dense: Path, sparse: Path, tmp_path: Path) -> None:
     assert f"{speedup.value:.3f} ± {speedup.stddev:.3f}" in shown
     assert "baseline" in shown
     assert "2 interleaved rounds" in shown
+
+
+def test_layers_are_added_up_by_name(dense: Path, sparse: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    loads = ["--batch", "1,2", "--layers", "--output", out]
+    shown = run("latency", sparse, "--against", dense, *QUICK, *loads)
+    result = LatencyResult.model_validate_json(out.read_text())
+    assert result.baseline is not None
+    for batch in (1, 2):
+        times = []
+        for model in (result.baseline, result.models[0]):
+            own = [one for one in model.layers if one.tokens == batch and "q_proj" in one.name]
+            times.append(sum(statistics.median(one.us.samples) for one in own))
+            assert len(own) == 2
+        rows = [line.split() for line in shown.splitlines() if "2 q_proj" in line]
+        (row,) = [row for row in rows if f"{times[0] / times[1]:.2f}" == row[-1]]
+        assert f"{times[1]:.0f}" in row
 
 
 def test_latency_as_json(dense: Path, capfd: pytest.CaptureFixture[str]) -> None:

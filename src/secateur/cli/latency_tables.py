@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from secateur.cli.bench_command import _console, _where
@@ -57,17 +59,16 @@ def _layers_table(result: LatencyResult) -> Table:
     table = Table("model", "linears", "layout", "values", "inputs", box=None)
     for title in ("tokens", "MB", "µs, all", "GB/s", "x baseline"):
         table.add_column(title, justify="right", no_wrap=True)
-    base = _by_kind(result.baseline) if result.baseline else {}
+    base = (
+        {(one.name, one.tokens): one for one in result.baseline.layers} if result.baseline else {}
+    )
     for model in result.everyone:
         path = model.path
         for key, group in _by_kind(model).items():
             kind, tokens, *form = key
-            us, size = sum(one.us.mean for one in group), sum(one.nbytes for one in group)
-            against = sum(
-                one.us.mean for own, rows in base.items() if own[:2] == key[:2] for one in rows
-            )
-            alone = len([own for own in _by_kind(model) if own[:2] == key[:2]]) == 1
-            times = f"{against / us:.2f}" if against and alone else ""
+            us, size = _microseconds(group), sum(one.nbytes for one in group)
+            dense = [base[one.name, tokens] for one in group if (one.name, tokens) in base]
+            times = f"{_microseconds(dense) / us:.2f}" if len(dense) == len(group) else ""
             table.add_row(
                 path,
                 f"{len(group)} {kind}",
@@ -92,6 +93,10 @@ def _by_kind(model: ModelLatency) -> dict[_Kind, list[LayerTime]]:
         kind = one.name.rpartition(".")[2]
         groups[kind, one.tokens, one.layout, one.values, one.activations].append(one)
     return groups
+
+
+def _microseconds(layers: Sequence[LayerTime]) -> float:
+    return sum(statistics.median(one.us.samples) for one in layers)
 
 
 def _facts(result: LatencyResult) -> list[str]:
