@@ -116,5 +116,5 @@ from secateur.cli import serve_command, chat_command  # noqa: E402, F401
 from secateur.cli import bench_command, methods_bench_command, run_command  # noqa: E402, F401
 from secateur.cli import kernels_bench_command, packing_bench_command  # noqa: E402, F401
 from secateur.cli import serving_bench_command, rivals_bench_command  # noqa: E402, F401
-from secateur.cli import ceiling_command, report_command  # noqa: E402, F401
+from secateur.cli import ceiling_command, report_command, tune_command  # noqa: E402, F401
 from secateur.cli import inspect_command, layer_command  # noqa: E402, F401
