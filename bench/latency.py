@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from secateur import recipe
@@ -114,7 +114,9 @@ def measure_latency(
     with _threads(threads):
         environment = Environment.read(place)
         subjects = [open_one(path) for path in paths]
-        rows, facts = measure_subjects(subjects, loads, settings, against is not None, progress)
+        meter, begun = EnergyMeter(), time.perf_counter()
+        rows = _run_all(subjects, loads, settings, meter, against is not None, progress)
+        seconds = time.perf_counter() - begun
         if layers:
             linears = [subject.linears for subject in subjects]
             times = time_layers(linears, settings.batch, settings.rounds)
@@ -135,40 +137,24 @@ def measure_latency(
         new_tokens=settings.new_tokens,
         batch=settings.batch,
         rounds=settings.rounds,
-        measured_seconds=facts.seconds,
+        measured_seconds=seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        energy=facts.energy,
+        energy=meter.description,
         crossovers=tuple(find_crossovers(rows)),
         baseline=rows[0] if against is not None else None,
         models=tuple(rows[1:] if against is not None else rows),
     )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Seconds that all rounds took, and what was counted of the energy, or why nothing was."""
-
-    seconds: float
-    energy: str
-
-
-def measure_subjects(
+def _run_all(
     subjects: Sequence[Subject],
     loads: Sequence[Workload],
     settings: recipe.Latency,
+    meter: EnergyMeter,
     compared: bool,
-    progress: Tick = no_tick,
-) -> tuple[list[ModelLatency], Measured]:
-    """Run open models in turns, load after load.
-
-    Args:
-        subjects: the models.
-        loads: what they run.
-        settings: rounds and seconds of each load.
-        compared: whether the first model is the baseline of the others.
-        progress: called with (rounds done, rounds expected) of each load.
-    """
-    meter, begun = EnergyMeter(), time.perf_counter()
+    progress: Tick,
+) -> list[ModelLatency]:
+    """Run open models in turns, load after load; with ``compared`` the first is the baseline."""
     points: list[list[PointLatency]] = [[] for _ in subjects]
     for load in loads:
         runners = [_metered(subject, load, meter) for subject in subjects]
@@ -178,7 +164,7 @@ def measure_subjects(
         for number, (subject, own) in enumerate(zip(subjects, timings, strict=True)):
             base = timings[0] if compared and number else None
             points[number].append(_point(subject, load, own, base))
-    rows = [
+    return [
         ModelLatency(
             path=subject.path,
             engine=subject.engine,
@@ -190,7 +176,6 @@ def measure_subjects(
         )
         for subject, own in zip(subjects, points, strict=True)
     ]
-    return rows, Measured(time.perf_counter() - begun, meter.description)
 
 
 def _metered(subject: Subject, load: Workload, meter: EnergyMeter) -> Runner:

@@ -8,7 +8,7 @@ so is what an engine saves by joining linears.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ from secateur.bench.results import Spread
 if TYPE_CHECKING:
     import torch
 
-    from secateur.compile.cpu import CpuMatrix
     from secateur.serve.linear import SparseLinear
+    from secateur.serve.native.model import NativeModel
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Linears:
     run: Callable[[int], list[float]]
 
 
-def native_linears(matrices: Mapping[str, CpuMatrix]) -> Linears:
+def native_linears(model: NativeModel) -> Linears:
     """Of the native engine; each product is called from Python, which takes some microseconds."""
+    matrices = model.matrices
     facts = tuple(
         LinearFacts(
             name=name,

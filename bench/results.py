@@ -185,14 +185,15 @@ class TextFacts(_Facts):
 
 
 class TaskScore(_Facts):
-    """How one model did on one task; recovery is None without a baseline, and for it.
+    """How one model did on one task.
 
     Attributes:
         name: of lm-eval, or the file's without its ending.
         sha256: of a file's items; None of lm-eval's own.
         acc: share of right answers, with its error over items.
         acc_norm: likewise, if lm-eval takes the choices' lengths into account; None if it cannot.
-        recovery: acc / acc of the baseline, on the same items.
+        recovery: acc / acc of the baseline, on the same items; None without a baseline, for it,
+            and if it gives no right answer.
         right: of each item 1 or 0, for other tests than ours.
     """
 
@@ -218,7 +219,7 @@ class ModelAccuracy(_Facts):
         top1_agreement: fraction of tokens where both models prefer the same next token.
         topk_agreement: share of the baseline's k likeliest next tokens that are among its own.
         tasks: its scores; empty if none were asked for.
-        recovery: mean acc over the tasks / the same of the baseline; None without either.
+        recovery: mean acc over the tasks / the same of the baseline; None as in `TaskScore`.
         window_nll: the nats of each window, for other tests than ours.
     """
 

@@ -175,7 +175,7 @@ def open_native(
         model.weight_bytes,
         dict(layouts.most_common()),
         tuple(map(str, model.report)),
-        linears=native_linears(model.matrices),
+        linears=native_linears(model),
     )
 
 

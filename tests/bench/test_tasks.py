@@ -191,14 +191,15 @@ def test_recovery_is_the_ratio_of_means_over_tasks(made: list[list[tuple[bool, b
     own = [[float(a) for a, _ in task] for task in made]
     dense = [[float(b) for _, b in task] for task in made]
     if not any(map(any, dense)):
-        with pytest.raises(ModelError, match="no right answer"):
-            recovery(own, dense)
+        assert recovery(own, dense) is None
         return
     found = recovery(own, dense)
+    assert found is not None
     means = [sum(sum(task) / len(task) for task in tasks) for tasks in (own, dense)]
     assert found.value == pytest.approx(means[0] / means[1])
     assert found.low <= found.high
     same = recovery(dense, dense)
+    assert same is not None
     assert (same.value, same.low, same.high) == (1, 1, 1)
 
 
@@ -269,6 +270,9 @@ def test_gates_are_decided_by_the_value(measured: AccuracyResult) -> None:
         assert [gate.passed for gate in gates] == expected
     far = check_gates(measured, model.recovery.high + 1, grown + 1e9).gates
     assert [gate.certain for gate in far] == [True, True]
+    hopeless = model.model_copy(update={"recovery": None})
+    with pytest.raises(ModelError, match="no right answer"):
+        check_gates(measured.model_copy(update={"models": (hopeless,)}), 0.5, None)
     near = check_gates(measured, kept, grown).gates
     assert [gate.certain for gate in near] == [False, False]
 
