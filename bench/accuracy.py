@@ -1,4 +1,4 @@
-"""Perplexity, KL divergence and agreement of models on one text, window by window.
+"""Perplexity, KL divergence and agreement of models on one text, and their answers to tasks.
 
 The text is tokenised once, without special tokens, and cut into windows of `window` tokens that
 start every `stride` tokens; an incomplete last window is dropped. Window 0 predicts its tokens
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur import recipe
+from secateur.bench.recovery import with_tasks
 from secateur.bench.results import (
     AccuracyResult,
     Environment,
@@ -28,6 +29,7 @@ from secateur.bench.subjects import (
     model_bytes,
     open_models,
 )
+from secateur.bench.tasks import ask, open_tasks
 from secateur.calibration import read_text
 from secateur.device import choose_device, choose_dtype
 from secateur.errors import ModelError, UsageError
@@ -43,12 +45,20 @@ _ROWS = 128  # positions whose log-probabilities are in memory at once
 
 @dataclass(frozen=True)
 class WindowScore:
-    """Sums over the predicted tokens of one window; kl and agreeing need a baseline."""
+    """Sums over the predicted tokens of one window; those from kl on need a baseline.
+
+    Attributes:
+        tokens: how many were predicted.
+        nll, kl: in nats.
+        agreeing: tokens with the same likeliest next token.
+        shared: the share of the baseline's k likeliest next tokens that are among the model's.
+    """
 
     tokens: int
     nll: float
     kl: float | None
     agreeing: int | None
+    shared: float | None
 
 
 def measure_accuracy(
@@ -58,23 +68,27 @@ def measure_accuracy(
     against: str | Path | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    command: str = "",
+    quiet: bool = True,
     progress: Tick = no_tick,
 ) -> AccuracyResult:
     """Score models on one text; all of them, and the baseline, are in memory at once.
 
     Args:
         models: directories of dense, pruned or packed models.
-        settings: text, window, stride and number of windows; None: the defaults.
+        settings: text, window, stride, number of windows, tasks; None: the defaults.
         against: the dense model that KL, agreement and ratios refer to.
         dtype: compute type: float32, bfloat16, float16 or auto.
         device: auto, cpu, cuda or cuda:N.
+        command: kept in the result.
+        quiet: without lm-eval's progress bars.
         progress: called with (windows done, windows in all).
 
     Raises:
         ModelError: a model cannot be opened or computes NaN, tokenizers or vocabularies differ,
-            or the text is missing or shorter than one window.
+            the text is missing or shorter than one window, or a task is not to be had.
         UsageError: the stride is longer than the window, or a dtype or device is unknown.
-        EnvironmentFault: the text or the device is not to be had on this machine.
+        EnvironmentFault: the text, the device or lm-eval is not to be had on this machine.
     """
     settings = settings or recipe.Accuracy()
     window, stride = settings.window, settings.stride or settings.window
@@ -96,6 +110,7 @@ def measure_accuracy(
             "give a longer text or a smaller --window",
         )
     windows = min(windows, settings.windows or windows)
+    tasks = open_tasks(settings.tasks) if settings.tasks else []
     evaluated = ids[: window + (windows - 1) * stride]
     opened = open_models(paths, dtype, place)
     scores: list[list[WindowScore]] = [[] for _ in paths]
@@ -112,7 +127,7 @@ def measure_accuracy(
                     f"{baseline.shape[1]}",
                     "compare models with the same output vocabulary",
                 )
-            score = score_window(logits, baseline, span[window - predicted :])
+            score = score_window(logits, baseline, span[window - predicted :], settings.top_k)
             if not _finite(score):
                 raise ModelError(
                     f"{path} computes no finite probabilities in window {index}",
@@ -123,7 +138,18 @@ def measure_accuracy(
                 baseline = logits
     progress(windows, windows)
     rows = [_summary(path, own, scores[0]) for path, own in zip(paths, scores, strict=True)]
+    if tasks:
+        answers = [
+            ask(model, load_tokenizer(path), tasks, limit=settings.limit, quiet=quiet)
+            for path, model in zip(paths, opened, strict=True)
+        ]
+        dense = answers[0] if against is not None else None
+        rows = [
+            with_tasks(row, tasks, own, None if own is dense else dense)
+            for row, own in zip(rows, answers, strict=True)
+        ]
     return AccuracyResult(
+        command=command,
         environment=environment,
         dtype=dtype,
         notes=(note,) if note else (),
@@ -138,6 +164,7 @@ def measure_accuracy(
         stride=stride,
         windows=windows,
         predicted_tokens=sum(score.tokens for score in scores[0]),
+        top_k=settings.top_k,
         baseline=rows[0] if against is not None else None,
         models=tuple(rows[1:] if against is not None else rows),
     )
@@ -149,18 +176,20 @@ def count_windows(tokens: int, window: int, stride: int) -> int:
 
 
 def score_window(
-    logits: torch.Tensor, baseline: torch.Tensor | None, targets: torch.Tensor
+    logits: torch.Tensor, baseline: torch.Tensor | None, targets: torch.Tensor, top_k: int
 ) -> WindowScore:
-    """Sum NLL, KL(baseline‖model) and top-1 agreement over tokens, in fp32, summed in fp64.
+    """Sum NLL, KL(baseline‖model) and agreement over tokens, in fp32, summed in fp64.
 
     Args:
         logits: (tokens, vocabulary), row i predicting ``targets[i]``.
         baseline: the dense model's logits for the same rows.
         targets: (tokens,) ids that the text has there.
+        top_k: how many of the likeliest next tokens are compared.
     """
     import torch
 
-    nll, kl, agreeing = 0.0, 0.0, 0
+    nll, kl, agreeing, shared = 0.0, 0.0, 0, 0
+    top_k = min(top_k, logits.shape[1])
     for start in range(0, len(targets), _ROWS):
         rows = slice(start, start + _ROWS)
         log_q = torch.log_softmax(logits[rows].float(), dim=-1)
@@ -168,9 +197,12 @@ def score_window(
         if baseline is not None:
             log_p = torch.log_softmax(baseline[rows].float(), dim=-1)
             kl += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum().item()
+            ours, theirs = log_q.topk(top_k).indices, log_p.topk(top_k).indices
             agreeing += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-    compared = baseline is not None
-    return WindowScore(len(targets), nll, kl if compared else None, agreeing if compared else None)
+            shared += int((ours[:, :, None] == theirs[:, None, :]).sum())
+    if baseline is None:
+        return WindowScore(len(targets), nll, None, None, None)
+    return WindowScore(len(targets), nll, kl, agreeing, shared / top_k)
 
 
 def _logits(model: PreTrainedModel, span: torch.Tensor, predicted: int) -> torch.Tensor:
@@ -216,6 +248,7 @@ def _summary(
     nll = Estimate.of([score.nll for score in scores], tokens)
     kl = [score.kl for score in scores if score.kl is not None]
     agreeing = [score.agreeing for score in scores if score.agreeing is not None]
+    shared = [score.shared for score in scores if score.shared is not None]
     lost = [own.nll - dense.nll for own, dense in zip(scores, baseline, strict=True)]
     return ModelAccuracy(
         path=str(path),
@@ -225,5 +258,6 @@ def _summary(
         perplexity_ratio=Estimate.of(lost, tokens).exp() if kl else None,
         kl=Estimate.of(kl, tokens) if kl else None,
         top1_agreement=Estimate.of(agreeing, tokens) if agreeing else None,
+        topk_agreement=Estimate.of(shared, tokens) if shared else None,
         window_nll=tuple(score.nll for score in scores),
     )

@@ -224,14 +224,12 @@ class KernelsResult(_Result):
     """The result of ``bench kernels``; docs/bench.md explains every key.
 
     Attributes:
-        command: the command line that made it, if one did.
         isa: the instruction set that our kernels use.
         settings: as resolved: nothing in it is None but the peers.
         last_level_cache_bytes: of all caches of the last level; None if the system does not say.
     """
 
     schema_: Literal["secateur/bench-kernels/1"] = Field("secateur/bench-kernels/1", alias="schema")
-    command: str
     isa: str
     settings: KernelSettings
     last_level_cache_bytes: int | None

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from secateur.bench.kernel_group import Kernels, Plan, ShapeBench
 from secateur.bench.kernel_results import KernelGroup, KernelSettings, KernelsResult, Roof
-from secateur.bench.latency import notes_on_machine
 from secateur.bench.results import Environment, Spread
+from secateur.bench.subjects import notes_on_machine
 from secateur.device import choose_device
 from secateur.progress import Tick, no_tick
 

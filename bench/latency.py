@@ -13,21 +13,32 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from secateur import recipe
-from secateur.bench.results import Environment, Estimate, LatencyResult, ModelLatency, Spread
+from secateur.bench.energy import EnergyMeter
+from secateur.bench.latency_results import (
+    LatencyResult,
+    ModelLatency,
+    PointLatency,
+    find_crossovers,
+)
+from secateur.bench.layers import time_layers
+from secateur.bench.onnx_runner import open_onnx
+from secateur.bench.results import Environment, Estimate, Spread
 from secateur.bench.runners import (
     Runner,
     Subject,
     Timing,
+    Workload,
     choose_engine,
-    is_gguf,
+    is_file,
     open_llama_cpp,
     open_native,
     open_transformers,
 )
-from secateur.bench.subjects import check_models, notes_on
+from secateur.bench.subjects import check_models, notes_on, notes_on_machine
 from secateur.device import choose_device, choose_dtype
 from secateur.progress import Tick, no_tick
 
@@ -45,33 +56,46 @@ def measure_latency(
     device: str = "auto",
     threads: int | None = None,
     head_values: str = "auto",
+    layers: bool = False,
+    command: str = "",
     progress: Tick = no_tick,
 ) -> LatencyResult:
     """Time models against each other; all of them are in memory at once.
 
     Args:
-        models: directories of dense, pruned or packed models, run by one engine; or .gguf files,
-            run by llama.cpp.
-        settings: prompt, new tokens, batch, rounds, seconds; None: the defaults.
+        models: directories of dense, pruned or packed models, run by one engine; or files: .gguf,
+            run by llama.cpp, .onnx, by ONNX Runtime or OpenVINO.
+        settings: prompts, new tokens, batches, rounds, seconds; None: the defaults.
         against: the model that the speed-ups refer to.
-        engine: transformers, native, or auto: native where it can run all of the directories.
+        engine: transformers, native, or auto: native where it can run all of the directories;
+            openvino: auto, and OpenVINO for .onnx files.
         dtype: compute type of transformers: float32, bfloat16, float16 or auto.
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads; None: all cores of this process.
         head_values: value type of the head in the native engine, as in ``secateur serve``.
-        progress: called with (rounds done, rounds expected).
+        layers: also time every linear by itself, with as many tokens as each batch has sequences.
+        command: kept in the result.
+        progress: called with (rounds done, rounds expected) of each point.
 
     Raises:
         ModelError: a model cannot be opened or reads fewer tokens than asked.
         UsageError: an engine, dtype or device is unknown, or they do not go together.
-        EnvironmentFault: CUDA or llama.cpp is asked for and absent.
+        EnvironmentFault: CUDA or the program that runs a file is absent.
     """
     settings = settings or recipe.Latency()
+    loads = [
+        Workload(prompt, settings.new_tokens, batch)
+        for prompt in settings.prompt
+        for batch in settings.batch
+    ]
     place = choose_device(device)
     paths = [*([against] if against is not None else []), *models]
-    directories = [path for path in paths if not is_gguf(path)]
+    directories = [path for path in paths if not is_file(path)]
     if directories or not paths:
-        check_models(directories, settings.prompt + settings.new_tokens)
+        check_models(directories, max(settings.prompt) + settings.new_tokens)
+    onnx = "onnxruntime"
+    if engine == "openvino":
+        engine, onnx = "auto", engine
     engine, remark = choose_engine(engine, paths, place.type, dtype)
     native, note = engine == "native", None
     if not native:
@@ -79,26 +103,28 @@ def measure_latency(
     threads = threads or len(os.sched_getaffinity(0))
 
     def open_one(path: str | Path) -> Subject:
-        if is_gguf(path):
-            return open_llama_cpp(path, settings, threads)
+        if Path(path).suffix == ".gguf":
+            return open_llama_cpp(path, loads, threads)
+        if Path(path).suffix == ".onnx":
+            return open_onnx(path, onnx, threads)
         if native:
-            return open_native(path, settings, threads, head_values)
-        return open_transformers(path, settings, dtype, place)
+            return open_native(path, loads, threads, head_values)
+        return open_transformers(path, dtype, place)
 
     with _threads(threads):
         environment = Environment.read(place)
         subjects = [open_one(path) for path in paths]
-        for subject in subjects:
-            subject.run()  # warm-up: first touch of the weights, thread pools, kernel selection
-        begun = time.perf_counter()
-        runners = [subject.run for subject in subjects]
-        timings = interleave(runners, settings.rounds, settings.min_seconds, progress=progress)
+        meter, begun = EnergyMeter(), time.perf_counter()
+        rows = _run_all(subjects, loads, settings, meter, against is not None, progress)
         seconds = time.perf_counter() - begun
-    base = timings[0] if against is not None else None
-    rows = [_row(*both, base, settings) for both in zip(subjects, timings, strict=True)]
-    if against is not None:
-        rows[0] = rows[0].model_copy(update={"prefill_speedup": None, "decode_speedup": None})
+        if layers:
+            linears = [subject.linears for subject in subjects]
+            times = time_layers(linears, settings.batch, settings.rounds)
+            rows = [
+                row.model_copy(update={"layers": own}) for row, own in zip(rows, times, strict=True)
+            ]
     return LatencyResult(
+        command=command,
         environment=environment,
         dtype="that of the weights" if native else dtype,
         notes=(
@@ -110,12 +136,59 @@ def measure_latency(
         prompt=settings.prompt,
         new_tokens=settings.new_tokens,
         batch=settings.batch,
-        rounds=len(timings[0]),
+        rounds=settings.rounds,
         measured_seconds=seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        energy=meter.description,
+        crossovers=tuple(find_crossovers(rows)),
         baseline=rows[0] if against is not None else None,
         models=tuple(rows[1:] if against is not None else rows),
     )
+
+
+def _run_all(
+    subjects: Sequence[Subject],
+    loads: Sequence[Workload],
+    settings: recipe.Latency,
+    meter: EnergyMeter,
+    compared: bool,
+    progress: Tick,
+) -> list[ModelLatency]:
+    """Run open models in turns, load after load; with ``compared`` the first is the baseline."""
+    points: list[list[PointLatency]] = [[] for _ in subjects]
+    for load in loads:
+        runners = [_metered(subject, load, meter) for subject in subjects]
+        for run in runners:
+            run()  # warm-up: first touch of the weights, thread pools, kernel selection
+        timings = interleave(runners, settings.rounds, settings.min_seconds, progress=progress)
+        for number, (subject, own) in enumerate(zip(subjects, timings, strict=True)):
+            base = timings[0] if compared and number else None
+            points[number].append(_point(subject, load, own, base))
+    return [
+        ModelLatency(
+            path=subject.path,
+            engine=subject.engine,
+            bytes=subject.bytes,
+            memory_bytes=subject.memory_bytes,
+            modules=subject.modules,
+            points=tuple(own),
+            layers=(),
+        )
+        for subject, own in zip(subjects, points, strict=True)
+    ]
+
+
+def _metered(subject: Subject, load: Workload, meter: EnergyMeter) -> Runner:
+    """One run, with the energy that it took."""
+
+    def run() -> Timing:
+        before = meter.read()
+        timing = subject.run(load)
+        after = meter.read()
+        joules = None if before is None or after is None else after - before
+        return replace(timing, joules=joules)
+
+    return run
 
 
 def interleave(
@@ -168,28 +241,24 @@ def warnings_on(name: str, seconds: Sequence[float]) -> list[str]:
     return []
 
 
-def _row(
-    subject: Subject,
-    timings: Sequence[Timing],
-    baseline: Sequence[Timing] | None,
-    settings: recipe.Latency,
-) -> ModelLatency:
-    prefill, decode = _rates(timings, settings)
+def _point(
+    subject: Subject, load: Workload, timings: Sequence[Timing], baseline: Sequence[Timing] | None
+) -> PointLatency:
+    prefill, decode = _rates(timings, load)
     prefill_speedup = decode_speedup = None
     if baseline is not None:
-        base_prefill, base_decode = _rates(baseline, settings)
+        base_prefill, base_decode = _rates(baseline, load)
         prefill_speedup = Estimate.of(prefill, base_prefill)
         decode_speedup = Estimate.of(decode, base_decode)
-    return ModelLatency(
-        path=subject.path,
-        engine=subject.engine,
-        bytes=subject.bytes,
-        memory_bytes=subject.memory_bytes,
-        modules=subject.modules,
+    joules = [timing.joules for timing in timings if timing.joules is not None]
+    return PointLatency(
+        prompt=load.prompt,
+        batch=load.batch,
         prefill_tokens_per_s=Spread.of(prefill),
         decode_tokens_per_s=Spread.of(decode),
         prefill_speedup=prefill_speedup,
         decode_speedup=decode_speedup,
+        joules=Spread.of(joules) if joules else None,
         warnings=(
             *warnings_on("prefill", [timing.prefill for timing in timings]),
             *warnings_on("decode", [timing.decode for timing in timings]),
@@ -198,22 +267,12 @@ def _row(
     )
 
 
-def _rates(timings: Sequence[Timing], settings: recipe.Latency) -> tuple[list[float], list[float]]:
+def _rates(timings: Sequence[Timing], load: Workload) -> tuple[list[float], list[float]]:
     """Tokens per second of each round, all sequences together: prefill, decode."""
     return (
-        [settings.batch * settings.prompt / timing.prefill for timing in timings],
-        [settings.batch * settings.new_tokens / timing.decode for timing in timings],
+        [load.batch * load.prompt / timing.prefill for timing in timings],
+        [load.batch * load.new_tokens / timing.decode for timing in timings],
     )
-
-
-def notes_on_machine(environment: Environment) -> list[str]:
-    """What of the machine makes the figures doubtful."""
-    if environment.load_average > environment.cores / 2:
-        return [
-            f"the machine was busy before the measurement began (load average "
-            f"{environment.load_average:.1f} on {environment.cores} cores)"
-        ]
-    return []
 
 
 @contextmanager

@@ -99,7 +99,6 @@ class MethodsResult(_Result):
     """The result of ``bench methods``; docs/bench.md explains every key.
 
     Attributes:
-        command: the command line that made it, if one did.
         model: as it was named.
         model_sha256: of its config and weight files.
         dense: how the unpruned model reads the same text.
@@ -108,7 +107,6 @@ class MethodsResult(_Result):
     """
 
     schema_: Literal["secateur/bench-methods/1"] = Field("secateur/bench-methods/1", alias="schema")
-    command: str
     model: str
     model_sha256: dict[str, str]
     calibration: recipe.Calibration

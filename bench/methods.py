@@ -7,7 +7,6 @@ leaves a JSON file with the identity of its measurement, by which a repeated run
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -15,25 +14,16 @@ import statistics
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
-
-from pydantic import TypeAdapter
 
 from secateur import recipe
 from secateur.artifact import Manifest
 from secateur.bench.accuracy import measure_accuracy
 from secateur.bench.method_results import Compat, Entry, MethodRow, MethodsResult
 from secateur.bench.processes import run_process, run_secateur
-from secateur.bench.results import (
-    AccuracyResult,
-    Environment,
-    ModelAccuracy,
-)
-from secateur.calibration import read_text
-from secateur.checkpoint import Checkpoint, file_sha256, write_json
-from secateur.device import choose_device
+from secateur.bench.results import AccuracyResult, ModelAccuracy
+from secateur.bench.work import Work
 from secateur.errors import SecateurError, UsageError
 from secateur.pattern import Pattern
 from secateur.source import resolve_model
@@ -78,13 +68,14 @@ def measure_methods(
     """
     calibration = calibration or recipe.Calibration()
     wanted = [(pattern, entry) for pattern in _patterns(patterns) for entry in _entries(methods)]
-    bench = _Bench(
-        resolve_model(model), calibration, evaluation, compat, device, Path(work), keep, say
+    place = Work(
+        Path(work), resolve_model(model), calibration, evaluation, device, {"compat": compat}, say
     )
+    bench = _Bench(place, compat, keep, say)
     rows = {cell: row for cell in wanted if (row := bench.finished(*cell))}
-    bench.make_work()
+    place.make()
     for pattern, entry in rows:
-        say(f"{pattern} {entry.text}: measured before, taken from {bench.work}")
+        say(f"{pattern} {entry.text}: measured before, taken from {place.path}")
     earlier, todo = len(rows), [cell for cell in wanted if cell not in rows]
     bench.check(todo)
     dense = bench.dense()
@@ -99,12 +90,12 @@ def measure_methods(
     passes = bench.passes()
     order = [str(pattern) for pattern, _ in wanted]
     return MethodsResult(
-        environment=bench.environment,
+        environment=place.environment,
         dtype=dense.dtype,
         notes=tuple(_notes(calibration, evaluation, rows.values(), earlier)),
         command=command,
         model=model,
-        model_sha256=bench.identity["model"],
+        model_sha256=place.identity["model"],
         calibration=calibration,
         compat=compat,
         text=dense.text,
@@ -168,72 +159,21 @@ def _headline(row: MethodRow) -> str:
 
 @dataclass(frozen=True)
 class _Bench:
-    """What all cells have in common, and the directory that holds what is finished."""
+    """The cells, and the directory that holds what is finished."""
 
-    model: Path
-    calibration: recipe.Calibration
-    evaluation: recipe.Accuracy
+    work: Work
     compat: Compat
-    device: str
-    work: Path
     keep: bool
     say: Callable[[str], None]
 
-    @cached_property
-    def environment(self) -> Environment:
-        """This machine."""
-        return Environment.read(choose_device(self.device))
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What decides the numbers of every cell; what is missing is found out here."""
-        calibration, evaluation = self.calibration, self.evaluation
-        machine = self.environment
-        return {
-            "model": Checkpoint(self.model).sha256(),
-            "calibration": calibration.model_dump() | {"sha256": _text_sha256(calibration.data)},
-            "evaluation": evaluation.model_dump() | {"sha256": _text_sha256(evaluation.data)},
-            "compat": self.compat,
-            "machine": [machine.cpu, machine.cores, machine.device],
-            "versions": machine.versions,
-        }
-
-    @cached_property
-    def text(self) -> str:
-        """What cells are told to calibrate on; what the model writes itself is written once."""
-        calibration = self.calibration
-        if calibration.data != "self":
-            return calibration.data
-        key = json.dumps([self.identity["model"], calibration.model_dump()], sort_keys=True)
-        file = self.work / f"self-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-        if not file.exists():
-            self.say("calibration text, written by the model")
-            script = (
-                "import sys; from secateur.bench.calibrated_work import write_own_text; "
-                "write_own_text(*sys.argv[1:])"
-            )
-            how = [str(self.model), calibration.model_dump_json(), self.device, str(file)]
-            run_process([sys.executable, "-c", script, *how])
-        return str(file)
-
-    def make_work(self) -> None:
-        """Make the directory of what is finished."""
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise UsageError(
-                f"the work directory {self.work} cannot be made: {fault.strerror}",
-                "give another --work",
-            ) from fault
-
     def folder(self, pattern: Pattern, entry: Entry) -> Path:
         """Where a cell is pruned to; its facts are beside it, with ``.json`` at the end."""
-        return self.work / re.sub(r"[^\w.+=-]+", "-", f"{pattern} {entry.text}").strip("-")
+        return self.work.path / re.sub(r"[^\w.+=-]+", "-", f"{pattern} {entry.text}").strip("-")
 
     def finished(self, pattern: Pattern, entry: Entry) -> MethodRow | None:
         """The row of a cell that an earlier run measured in the same way."""
         folder = self.folder(pattern, entry)
-        row = self._read(folder.name, MethodRow, pattern=str(pattern), method=entry.text)
+        row = self.work.read(folder.name, MethodRow, pattern=str(pattern), method=entry.text)
         return None if self.keep and not folder.is_dir() else row
 
     def check(self, cells: Collection[tuple[Pattern, Entry]]) -> None:
@@ -243,29 +183,36 @@ class _Bench:
 
     def dense(self) -> AccuracyResult:
         """How the dense model reads the evaluation text."""
-        found = self._read("dense", AccuracyResult)
+        found = self.work.read("dense", AccuracyResult)
         if found is not None:
             return found
-        self.say(f"dense: {self.model}")
-        result = measure_accuracy([self.model], self.evaluation, device=self.device)
-        self._write("dense", result.to_json())
+        self.say(f"dense: {self.work.model}")
+        result = measure_accuracy([self.work.model], self.work.evaluation, device=self.work.device)
+        self.work.write("dense", result.to_json())
         return result
 
     def passes(self) -> tuple[float, ...]:
         """The timings of two dense passes so far."""
-        return self._read("passes", tuple[float, ...]) or ()
+        return self.work.read("passes", tuple[float, ...]) or ()
 
     def time_passes(self) -> None:
         """Time two dense passes once more."""
         self.say("two dense passes, to compare times with")
-        text = self.calibration
-        arguments = [str(self.model), self.text, text.samples, text.length, text.seed, self.device]
+        text = self.work.calibration
+        arguments = [
+            str(self.work.model),
+            self.work.text,
+            text.samples,
+            text.length,
+            text.seed,
+            self.work.device,
+        ]
         script = (
             "import json, sys; from secateur.bench.calibrated_work import time_dense_passes; "
             "print(time_dense_passes(*json.loads(sys.argv[1])))"
         )
         printed, _ = run_process([sys.executable, "-c", script, json.dumps(arguments)])
-        self._write("passes", [*self.passes(), float(printed)])
+        self.work.write("passes", [*self.passes(), float(printed)])
         self.say(f"  {float(printed):.1f} s")
 
     def measure(self, pattern: Pattern, entry: Entry) -> MethodRow:
@@ -288,13 +235,13 @@ class _Bench:
             return MethodRow(**name, error=fault.what)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        self._write(folder.name, row.model_dump(mode="json"), **name)
+        self.work.write(folder.name, row.model_dump(mode="json"), **name)
         return row
 
     def _accuracy(self, folder: Path) -> ModelAccuracy:
         try:
             result = measure_accuracy(
-                [folder], self.evaluation, against=self.model, device=self.device
+                [folder], self.work.evaluation, against=self.work.model, device=self.work.device
             )
         finally:
             if not self.keep:
@@ -302,35 +249,9 @@ class _Bench:
         return result.models[0]
 
     def _prune(self, pattern: Pattern, entry: Entry) -> list[str]:
-        text, output = self.calibration, self.folder(pattern, entry)
-        calibration = ["--data", self.text, "--samples", str(text.samples)]
-        calibration += ["--length", str(text.length), "--seed", str(text.seed)]
-        how = ["--pattern", str(pattern), "--compat", self.compat, "--device", self.device]
-        return ["prune", str(self.model), "-o", str(output), *entry.arguments(), *how, *calibration]
-
-    def _read(self, name: str, kind: type[Item], **more: str) -> Item | None:
-        """What is finished under this name and identity; None: nothing is."""
-        identity = self.identity | more
-        try:
-            kept = json.loads((self.work / f"{name}.json").read_text(encoding="utf-8"))
-            if kept["identity"] != identity:
-                return None
-            return TypeAdapter(kind).validate_python(kept["result"])
-        except (OSError, ValueError, LookupError, TypeError):
-            return None  # damaged, or of another version: measured again
-
-    def _write(self, name: str, result: Any, **more: str) -> None:
-        kept = {"identity": self.identity | more, "result": result}
-        write_json(self.work / f"{name}.json", kept)
-
-
-def _text_sha256(data: str) -> str | None:
-    """The hash of a text; None for one that the model writes, or for none."""
-    if data in ("self", "none"):
-        return None
-    if Path(data).is_file():
-        return file_sha256(Path(data))
-    return hashlib.sha256(read_text(data).encode()).hexdigest()
+        output, method = self.folder(pattern, entry), entry.arguments()
+        how = ["--pattern", str(pattern), "--compat", self.compat, *self.work.calibrated()]
+        return ["prune", str(self.work.model), "-o", str(output), *method, *how]
 
 
 def _layer_facts(manifest: Manifest) -> dict[str, Any]:

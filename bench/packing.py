@@ -19,8 +19,8 @@ from secateur.bench.kernel_group import Kernels
 from secateur.bench.kernel_rounds import Runner, time_rounds
 from secateur.bench.kernel_weights import Array, Weights, random_mask
 from secateur.bench.kernels import kernel_environment, threads_restored
-from secateur.bench.latency import notes_on_machine
 from secateur.bench.results import Estimate, Spread, _Facts, _Result
+from secateur.bench.subjects import notes_on_machine
 from secateur.errors import SecateurError
 from secateur.pattern import Pattern
 from secateur.recipe import Section
@@ -89,12 +89,10 @@ class PackingResult(_Result):
     """The result of ``bench packing``; docs/bench.md explains every key.
 
     Attributes:
-        command: the command line that made it, if one did.
         isa: the instruction set that our kernels use.
     """
 
     schema_: Literal["secateur/bench-packing/1"] = Field("secateur/bench-packing/1", alias="schema")
-    command: str
     isa: str
     settings: PackingSettings
     conversions: tuple[PackingRow, ...]

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.errors import EnvironmentFault, ModelError, SecateurError, UsageError
@@ -25,14 +25,16 @@ print(f"\\n{os.waitstatus_to_exitcode(status)} {usage.ru_maxrss * unit}")
 """
 
 
-def run_process(command: Sequence[str]) -> tuple[str, int]:
-    """Run a command; what it printed, and its peak memory in bytes.
+def run_process(
+    command: Sequence[str], variables: Mapping[str, str] | None = None
+) -> tuple[str, int]:
+    """Run a command, with further environment variables; what it printed, and its peak memory.
 
     Raises:
         SecateurError: it failed; with its own sentence if it printed one as JSON.
     """
     # As the secateur command does for itself: one rule for all that is compared.
-    environment = {"GOMP_SPINCOUNT": "5000", **os.environ}
+    environment = {"GOMP_SPINCOUNT": "5000", **os.environ, **(variables or {})}
     with subprocess.Popen(
         [sys.executable, "-c", _LAUNCHER, *command],
         stdout=subprocess.PIPE,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 
+GateName = Literal["recovery", "perplexity_increase"]
+
+
 class _Facts(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
@@ -61,6 +64,33 @@ class Estimate(_Facts):
             stddev=None if self.stddev is None else value * self.stddev,
             standard_error=None if self.standard_error is None else value * self.standard_error,
         )
+
+
+class Interval(_Facts):
+    """A number and the interval that holds it with 95 % confidence."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Gate(_Facts):
+    """What was asked of a number, and whether it is so.
+
+    Attributes:
+        path: the model.
+        name: of the number: recovery or perplexity_increase.
+        limit: the least recovery, or the greatest increase.
+        value: what was measured; it alone decides.
+        certain: whether all of the interval that belongs to the value is on the same side.
+    """
+
+    path: str
+    name: GateName
+    limit: float
+    value: float
+    passed: bool
+    certain: bool
 
 
 class Spread(_Facts):
@@ -125,6 +155,16 @@ class Environment(_Facts):
 
 
 class _Result(_Facts):
+    """What every result holds.
+
+    Attributes:
+        command: the command line that made it, if one did.
+        environment: where and when it was made.
+        dtype: what was computed in.
+        notes: what a reader must know before quoting it.
+    """
+
+    command: str = ""
     environment: Environment
     dtype: str
     notes: tuple[str, ...]
@@ -144,6 +184,28 @@ class TextFacts(_Facts):
     sha256: str
 
 
+class TaskScore(_Facts):
+    """How one model did on one task.
+
+    Attributes:
+        name: of lm-eval, or the file's without its ending.
+        sha256: of a file's items; None of lm-eval's own.
+        acc: share of right answers, with its error over items.
+        acc_norm: likewise, if lm-eval takes the choices' lengths into account; None if it cannot.
+        recovery: acc / acc of the baseline, on the same items; None without a baseline, for it,
+            and if it gives no right answer.
+        right: of each item 1 or 0, for other tests than ours.
+    """
+
+    name: str
+    sha256: str | None
+    items: int
+    acc: Estimate
+    acc_norm: Estimate | None
+    recovery: Interval | None
+    right: tuple[float, ...]
+
+
 class ModelAccuracy(_Facts):
     """How well one model predicts the text; what compares it is None for the baseline.
 
@@ -155,6 +217,9 @@ class ModelAccuracy(_Facts):
         perplexity_ratio: to the baseline's, paired by window.
         kl: KL(baseline‖model), nats per predicted token.
         top1_agreement: fraction of tokens where both models prefer the same next token.
+        topk_agreement: share of the baseline's k likeliest next tokens that are among its own.
+        tasks: its scores; empty if none were asked for.
+        recovery: mean acc over the tasks / the same of the baseline; None as in `TaskScore`.
         window_nll: the nats of each window, for other tests than ours.
     """
 
@@ -165,15 +230,25 @@ class ModelAccuracy(_Facts):
     perplexity_ratio: Estimate | None
     kl: Estimate | None
     top1_agreement: Estimate | None
+    topk_agreement: Estimate | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    recovery: Interval | None = None
     window_nll: tuple[float, ...]
 
 
 class AccuracyResult(_Result):
-    """The result of ``bench accuracy``; docs/bench.md explains every key."""
+    """The result of ``bench accuracy``; docs/bench.md explains every key.
 
-    schema_: Literal["secateur/bench-accuracy/1"] = Field(
-        "secateur/bench-accuracy/1", alias="schema"
+    Attributes:
+        top_k: the k of `ModelAccuracy.topk_agreement`.
+        gates: what was asked of the models, one for each model and limit.
+    """
+
+    schema_: Literal["secateur/bench-accuracy/2"] = Field(
+        "secateur/bench-accuracy/2", alias="schema"
     )
+    top_k: int
+    gates: tuple[Gate, ...] = ()
     text: TextFacts
     window: int
     stride: int
@@ -184,54 +259,5 @@ class AccuracyResult(_Result):
 
     @property
     def everyone(self) -> tuple[ModelAccuracy, ...]:
-        """The baseline, if there is one, and the models."""
-        return (*((self.baseline,) if self.baseline else ()), *self.models)
-
-
-class ModelLatency(_Facts):
-    """How fast one model is; the speed-ups are None for the baseline.
-
-    Attributes:
-        path: the directory or file as it was given.
-        engine: what ran it: transformers, native or llama.cpp.
-        bytes: size of its weight files.
-        memory_bytes: size of its weights in memory, in whatever forms.
-        modules: what computed: number of innermost modules by class, or of linears by layout.
-        prefill_tokens_per_s, decode_tokens_per_s: over all sequences of the batch.
-        prefill_speedup, decode_speedup: ratio of the mean rates, model/baseline, paired by round.
-        warnings: what makes the numbers doubtful.
-    """
-
-    path: str
-    engine: str
-    bytes: int
-    memory_bytes: int
-    modules: dict[str, int]
-    prefill_tokens_per_s: Spread
-    decode_tokens_per_s: Spread
-    prefill_speedup: Estimate | None
-    decode_speedup: Estimate | None
-    warnings: tuple[str, ...]
-
-
-class LatencyResult(_Result):
-    """The result of ``bench latency``; docs/bench.md explains every key.
-
-    Attributes:
-        peak_rss_bytes: the most memory this process ever held, all models together.
-    """
-
-    schema_: Literal["secateur/bench-latency/2"] = Field("secateur/bench-latency/2", alias="schema")
-    prompt: int
-    new_tokens: int
-    batch: int
-    rounds: int
-    measured_seconds: float
-    peak_rss_bytes: int
-    baseline: ModelLatency | None
-    models: tuple[ModelLatency, ...]
-
-    @property
-    def everyone(self) -> tuple[ModelLatency, ...]:
         """The baseline, if there is one, and the models."""
         return (*((self.baseline,) if self.baseline else ()), *self.models)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.artifact import Manifest
+from secateur.bench.results import Environment
 from secateur.checkpoint import Checkpoint
 from secateur.errors import ModelError, UsageError
 from secateur.model import load_causal_lm
@@ -74,3 +75,13 @@ def notes_on(paths: Sequence[str | Path]) -> list[str]:
                 "other weights, so expect the size and speed of the dense model"
             )
     return notes
+
+
+def notes_on_machine(environment: Environment) -> list[str]:
+    """What of the machine makes the figures doubtful."""
+    if environment.load_average > environment.cores / 2:
+        return [
+            f"the machine was busy before the measurement began (load average "
+            f"{environment.load_average:.1f} on {environment.cores} cores)"
+        ]
+    return []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from secateur.bench.results import AccuracyResult, LatencyResult, ModelAccuracy, ModelLatency
+from secateur.bench.latency_results import LatencyResult, PointLatency
+from secateur.bench.results import AccuracyResult, ModelAccuracy
 from secateur.bench.subjects import model_bytes
 from secateur.errors import UsageError
 
@@ -26,7 +27,7 @@ _LABELS = {
 def summarise(
     dense: str | Path, sparse: str | Path, accuracy: AccuracyResult, latency: LatencyResult
 ) -> Summary:
-    """Compare two models that both results contain.
+    """Compare two models that both results contain; their speed is that of the first point.
 
     Returns:
         ``{"dense": …, "sparse": …, "ratio": …}``, each with the keys bytes, perplexity, kl,
@@ -87,8 +88,8 @@ def _accuracy_of(path: str | Path, result: AccuracyResult) -> ModelAccuracy:
     raise UsageError(f"the accuracy result does not contain {path}", "measure it with the others")
 
 
-def _latency_of(path: str | Path, result: LatencyResult) -> ModelLatency:
+def _latency_of(path: str | Path, result: LatencyResult) -> PointLatency:
     for model in result.everyone:
         if model.path == str(path):
-            return model
+            return model.points[0]
     raise UsageError(f"the latency result does not contain {path}", "measure it with the others")

@@ -26,7 +26,8 @@ class NativeModel:
     rounded less than bf16 weights are. One beyond 65504 becomes infinite there; models have none.
 
     Attributes:
-        report: what computes the linears and the head: counts, layouts, types, bytes.
+        matrices: the linears and the head, by module name, in the order of the model.
+        report: what computes them: counts, layouts, types, bytes.
         weight_bytes: of all matrices.
         kv_bytes: of all pages; a page takes memory when it is written to.
     """
@@ -42,6 +43,7 @@ class NativeModel:
         self.eos_token_ids = architecture.eos_token_ids
         self.max_length = int(decoder.max_length)
         self.pages = pages
+        self.matrices = weights.matrices
         self.report = weights.report()
         self.weight_bytes = sum(use.nbytes for use in self.report)
         self.kv_bytes = int(decoder.cache_bytes)
@@ -123,6 +125,7 @@ class NativeModel:
     def close(self) -> None:
         """Free the memory, once no logits are held any more."""
         self._decoder = None
+        self.matrices = {}
 
     def __enter__(self) -> NativeModel:
         return self

@@ -3,13 +3,15 @@
 SecateurError          exit 1   a bug, if nothing more precise was raised
 ├── UsageError         exit 2   a flag, a recipe key, an output path: the caller's to change
 ├── ModelError         exit 3   a model or a text that is missing, broken or unsupported
-└── EnvironmentFault   exit 4   this machine lacks something: a port, a library, a network
+├── EnvironmentFault   exit 4   this machine lacks something: a port, a library, a network
+└── GateFailed         exit 5   a result that was measured and is not as good as was asked
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SecateurError(Exception):
@@ -47,6 +49,21 @@ class EnvironmentFault(SecateurError):
     """Something this machine does not have or does not allow."""
 
     exit_code = 4
+
+
+class GateFailed(SecateurError):
+    """A measured result that is not as good as was asked.
+
+    Args:
+        what, fix: as of every `SecateurError`.
+        result: what was measured, as plain data; ``--json`` prints it beside the error.
+    """
+
+    exit_code = 5
+
+    def __init__(self, what: str, fix: str, result: dict[str, Any]) -> None:
+        super().__init__(what, fix)
+        self.result = result
 
 
 EXIT_INTERRUPTED = 130

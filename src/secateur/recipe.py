@@ -10,14 +10,32 @@ import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from secateur.errors import UsageError, did_you_mean
 from secateur.pattern import Pattern
 
+
+def _counts(value: Any) -> Any:
+    """One number, or those of "8,32", as a list."""
+    if isinstance(value, str):
+        return value.split(",")
+    return [value] if isinstance(value, int) else value
+
+
+Counts = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_counts), Field(min_length=1)
+]
 ValueType = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -129,14 +147,19 @@ class Accuracy(Section):
     window: int = Field(512, ge=2, description="Tokens per window.")
     stride: int | None = Field(None, ge=1, description="Step between windows; None: the window.")
     windows: int | None = Field(None, ge=1, description="Use the first this many; None: all.")
+    top_k: int = Field(5, ge=1, description="Likeliest next tokens that are compared with dense.")
+    tasks: tuple[str, ...] | None = Field(
+        None, description="Tasks of lm-eval, or .jsonl files of items; None: none."
+    )
+    limit: int | None = Field(None, ge=1, description="Items of each task; None: all.")
 
 
 class Latency(Section):
     """What `bench latency` measures."""
 
-    prompt: int = Field(128, ge=1, description="Prompt tokens of the prefill.")
+    prompt: Counts = Field((128,), description="Prompt tokens of the prefill; one or several.")
     new_tokens: int = Field(32, ge=1, description="Tokens decoded after it.")
-    batch: int = Field(1, ge=1, description="Sequences at once.")
+    batch: Counts = Field((1,), description="Sequences at once; one or several.")
     rounds: int = Field(5, ge=2, description="Interleaved rounds at least.")
     min_seconds: float = Field(3.0, ge=0, description="Go on with rounds until this much time.")
 

@@ -122,9 +122,9 @@ def test_scores_do_not_depend_on_the_chunks() -> None:
     torch.manual_seed(0)
     logits, baseline = torch.randn(300, 7), torch.randn(300, 7)
     targets = torch.randint(7, (300,))
-    score = score_window(logits, baseline, targets)
+    score = score_window(logits, baseline, targets, 5)
     rows = (slice(i, i + 1) for i in range(300))
-    parts = [score_window(logits[row], baseline[row], targets[row]) for row in rows]
+    parts = [score_window(logits[row], baseline[row], targets[row], 5) for row in rows]
     assert score.nll == pytest.approx(sum(part.nll for part in parts), rel=1e-6)
     assert score.kl == pytest.approx(sum(part.kl or 0 for part in parts), rel=1e-5)
     assert score.agreeing == sum(part.agreeing or 0 for part in parts)
@@ -147,7 +147,7 @@ def test_the_result_survives_json(dense: Path, sparse: Path, text: Path) -> None
         progress=lambda done, total: ticks.append((done, total)),
     )
     plain = result.to_json()
-    assert plain["schema"] == "secateur/bench-accuracy/1"
+    assert plain["schema"] == "secateur/bench-accuracy/2"
     assert AccuracyResult.model_validate(plain) == result
     assert result.models[0].perplexity.standard_error is None  # one window tells of no spread
     assert ticks == [(0, 1), (1, 1)]
@@ -199,3 +199,20 @@ def test_nan_is_an_error_not_a_result(dense: Path, text: Path, tmp_path: Path) -
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(ModelError, match="no finite probabilities in window 0"):
         measure_accuracy([tmp_path / "broken"], settings(text))
+
+
+def test_top_k_agreement_by_sets() -> None:
+    torch.manual_seed(1)
+    logits, baseline = torch.randn(200, 30), torch.randn(200, 30)
+    targets = torch.zeros(200, dtype=torch.int64)
+    for k in (1, 5, 30, 99):
+        score = score_window(logits, baseline, targets, k)
+        size = min(k, 30)
+        shared = 0
+        for rows in zip(logits.tolist(), baseline.tolist(), strict=True):
+            best = [set(np.argsort(row)[::-1][:size]) for row in rows]
+            shared += len(best[0] & best[1])
+        assert score.shared == pytest.approx(shared / size)
+    assert score.shared == 200  # all of them
+    same = score_window(logits, logits, targets, 5)
+    assert same.shared == same.agreeing == 200

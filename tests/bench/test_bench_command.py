@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -47,18 +48,35 @@ def test_one_window_has_no_error_to_show(dense: Path, text: Path) -> None:
 def test_latency_as_a_table(dense: Path, sparse: Path, tmp_path: Path) -> None:
     shown = run("latency", sparse, "--against", dense, *QUICK, "--output", tmp_path / "out.json")
     result = LatencyResult.model_validate_json((tmp_path / "out.json").read_text())
-    speedup = result.models[0].decode_speedup
+    speedup = result.models[0].points[0].decode_speedup
     assert speedup is not None
     assert f"{speedup.value:.3f} ± {speedup.stddev:.3f}" in shown
     assert "baseline" in shown
     assert "2 interleaved rounds" in shown
 
 
+def test_layers_are_added_up_by_name(dense: Path, sparse: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    loads = ["--batch", "1,2", "--layers", "--output", out]
+    shown = run("latency", sparse, "--against", dense, *QUICK, *loads)
+    result = LatencyResult.model_validate_json(out.read_text())
+    assert result.baseline is not None
+    for batch in (1, 2):
+        times = []
+        for model in (result.baseline, result.models[0]):
+            own = [one for one in model.layers if one.tokens == batch and "q_proj" in one.name]
+            times.append(sum(statistics.median(one.us.samples) for one in own))
+            assert len(own) == 2
+        rows = [line.split() for line in shown.splitlines() if "2 q_proj" in line]
+        (row,) = [row for row in rows if f"{times[0] / times[1]:.2f}" == row[-1]]
+        assert f"{times[1]:.0f}" in row
+
+
 def test_latency_as_json(dense: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = json.loads(run("latency", dense, *QUICK, "--json", "--quiet"))
-    assert printed["schema"] == "secateur/bench-latency/2"
+    assert printed["schema"] == "secateur/bench-latency/3"
     assert printed["baseline"] is None
-    assert len(printed["models"][0]["prefill_tokens_per_s"]["samples"]) == 2
+    assert len(printed["models"][0]["points"][0]["prefill_tokens_per_s"]["samples"]) == 2
     assert capfd.readouterr().err == ""
 
 
@@ -74,5 +92,5 @@ def test_defaults_are_those_of_a_recipe(command: str, section: type[Accuracy | L
     import inspect
 
     flags = inspect.signature(getattr(secateur.cli.bench_command, command)).parameters
-    for name, field in section.model_fields.items():
-        assert flags[name].default == field.default, name
+    given = {name: flags[name].default for name in section.model_fields}
+    assert section.model_validate(given) == section()

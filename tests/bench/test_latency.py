@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from secateur.bench import LatencyResult, measure_latency, model_bytes
+from secateur.bench.energy import EnergyMeter
 from secateur.bench.latency import interleave, warnings_on
+from secateur.bench.latency_results import ModelLatency, PointLatency, find_crossovers
 from secateur.bench.results import Estimate, Spread
 from secateur.bench.runners import Runner, Timing
-from secateur.errors import EnvironmentFault, ModelError
-from secateur.recipe import Latency
+from secateur.errors import EnvironmentFault, ModelError, UsageError
+from secateur.recipe import Latency, validate
+from secateur.serve.native.model import NativeModel
+from secateur.serve.native.step import Batch
 
 QUICK = Latency(prompt=8, new_tokens=3, batch=2, rounds=3, min_seconds=0)
 
@@ -120,18 +125,20 @@ def test_measuring_tiny_models(dense: Path, sparse: Path) -> None:
     assert result.rounds == 3
     assert result.baseline is not None
     (model,) = result.models
-    assert len(model.decode_tokens_per_s.samples) == 3
-    assert model.decode_speedup is not None
-    assert model.decode_speedup.value == pytest.approx(
-        model.decode_tokens_per_s.mean / result.baseline.decode_tokens_per_s.mean
+    (point,), (base,) = model.points, result.baseline.points
+    assert (point.prompt, point.batch) == (8, 2)
+    assert len(point.decode_tokens_per_s.samples) == 3
+    assert point.decode_speedup is not None
+    assert point.decode_speedup.value == pytest.approx(
+        point.decode_tokens_per_s.mean / base.decode_tokens_per_s.mean
     )
-    assert result.baseline.prefill_speedup is None
+    assert base.prefill_speedup is None
     assert model.bytes == model_bytes(sparse) == (sparse / "model.safetensors").stat().st_size
     assert model.memory_bytes > 0
     assert model.modules["Linear"] == 15
     assert result.peak_rss_bytes > 2**20
     plain = json.loads(json.dumps(result.to_json()))
-    assert plain["schema"] == "secateur/bench-latency/2"
+    assert plain["schema"] == "secateur/bench-latency/3"
     assert LatencyResult.model_validate(plain) == result
 
 
@@ -186,3 +193,110 @@ def test_absent_cuda_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_more_tokens_than_the_model_reads_are_refused(dense: Path) -> None:
     with pytest.raises(ModelError, match="at most 64 tokens at once, 65 are asked"):
         measure_latency([dense], Latency(prompt=60, new_tokens=5))
+
+
+def curve(*points: tuple[int, int, float, float]) -> ModelLatency:
+    """A model with these points: prompt, batch, prefill speed-up, decode speed-up."""
+    rate = Spread.of([1.0, 1.0])
+
+    def ratio(value: float) -> Estimate:
+        return Estimate(value=value, stddev=None, standard_error=None)
+
+    made = tuple(
+        PointLatency(
+            prompt=prompt,
+            batch=batch,
+            prefill_tokens_per_s=rate,
+            decode_tokens_per_s=rate,
+            prefill_speedup=ratio(prefill),
+            decode_speedup=ratio(decode),
+            joules=None,
+            warnings=(),
+        )
+        for prompt, batch, prefill, decode in points
+    )
+    return ModelLatency(
+        path="m", engine="native", bytes=1, memory_bytes=1, modules={}, points=made, layers=()
+    )
+
+
+def test_crossovers_by_hand() -> None:
+    # Decode falls from 1.5 through 1 half way (in the logarithm) between 2 and 8: at 4.
+    model = curve((8, 1, 0.9, 2.0), (8, 8, 0.9, 0.5), (8, 2, 0.9, 1.5), (64, 1, 0.8, 2.0))
+    (one,) = find_crossovers([model])
+    assert (one.phase, one.prompt, one.faster) == ("decode", 8, "below")
+    assert one.batch == pytest.approx(4.0)
+    (other,) = find_crossovers([curve((8, 1, 0.5, 3.0), (8, 16, 1.5, 3.0))])
+    assert (other.phase, other.faster, other.batch) == ("prefill", "above", pytest.approx(4.0))
+
+
+def test_every_pair_of_prompt_and_batch_is_a_point(dense: Path, sparse: Path) -> None:
+    loads = Latency.model_validate(
+        {"prompt": "4,8", "batch": [1, 2], "new_tokens": 2, "rounds": 2, "min_seconds": 0}
+    )
+    result = measure_latency([sparse], loads, against=dense, threads=1, layers=True)
+    assert (result.prompt, result.batch, result.energy != "") == ((4, 8), (1, 2), True)
+    for model in result.everyone:
+        assert [(p.prompt, p.batch) for p in model.points] == [(4, 1), (4, 2), (8, 1), (8, 2)]
+        assert all(len(point.decode_tokens_per_s.samples) == 2 for point in model.points)
+        for tokens in (1, 2):
+            layers = [one for one in model.layers if one.tokens == tokens]
+            assert len(layers) == 15
+            assert sum(one.nbytes for one in layers) == model.memory_bytes
+            assert all(len(one.us.samples) == 2 and one.us.min > 0 for one in layers)
+    (down,) = [one for one in result.models[0].layers if "1.mlp.down_proj" in one.name][:1]
+    assert (down.rows, down.columns, down.layout, down.values) == (32, 48, "dense", "fp32")
+    with pytest.raises(UsageError, match="prompt"):
+        validate(Latency, {"prompt": "4,x"}, "here")
+
+
+def test_layers_of_transformers(dense: Path) -> None:
+    layers = measure_latency([dense], QUICK, engine="transformers", layers=True).models[0].layers
+    assert {one.layout for one in layers} == {"torch"}
+    assert len(layers) == 15
+    head = next(one for one in layers if one.name == "lm_head")
+    assert (head.rows, head.columns, head.nbytes, head.tokens) == (258, 32, 258 * 32 * 4, 2)
+
+
+def zone(root: Path, name: str, uj: int, whole: int = 1000_000) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "energy_uj").write_text(f"{uj}\n")
+    (folder / "max_energy_range_uj").write_text(f"{whole}\n")
+    return folder
+
+
+def test_energy_of_packages_wraps_around(tmp_path: Path) -> None:
+    first, second = zone(tmp_path, "intel-rapl:0", 900_000), zone(tmp_path, "intel-rapl:1", 5)
+    zone(tmp_path, "intel-rapl:0:0", 1)  # a part of the first, which counts it already
+    meter = EnergyMeter(tmp_path)
+    assert (meter.obstacle, meter.read()) == (None, 0.0)
+    (first / "energy_uj").write_text("100000")  # 100 mJ to the end, 100 from the beginning
+    (second / "energy_uj").write_text("500005")
+    assert meter.read() == pytest.approx(0.7)
+    (first / "energy_uj").write_text("300000")
+    assert meter.read() == pytest.approx(0.9)
+    assert "2 package" in meter.description
+    none = EnergyMeter(tmp_path / "absent")
+    assert none.read() is None
+    assert "counts no energy" in none.description
+    (first / "energy_uj").write_text("much")
+    assert "cannot be read" in EnergyMeter(tmp_path).description
+
+
+def test_joules_of_each_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = zone(tmp_path, "intel-rapl:0", 0, whole=10**9)
+    monkeypatch.setattr("secateur.bench.latency.EnergyMeter", lambda: EnergyMeter(tmp_path))
+    step = NativeModel.step
+
+    def costly(model: NativeModel, batch: Batch) -> Any:
+        used = int((package / "energy_uj").read_text())
+        (package / "energy_uj").write_text(str(used + 250_000))
+        return step(model, batch)
+
+    monkeypatch.setattr(NativeModel, "step", costly)
+    result = measure_latency([dense], QUICK, threads=1)  # a step of prefill and three of decoding
+    joules = result.models[0].points[0].joules
+    assert joules is not None
+    assert joules.samples == pytest.approx((1.0,) * 3)
+    assert result.energy.startswith("RAPL")

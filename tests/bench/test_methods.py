@@ -20,6 +20,7 @@ from secateur.bench.calibrated_work import time_dense_passes
 from secateur.bench.method_results import Entry, MethodsResult, split_entries
 from secateur.bench.methods import measure_methods
 from secateur.bench.processes import run_process
+from secateur.bench.work import Work
 from secateur.errors import ModelError, SecateurError, UsageError
 from secateur.prune import prune_model
 from secateur.recipe import Accuracy, Calibration, Prune
@@ -51,7 +52,7 @@ def table(dense: Path, calibration: Calibration, reading: Accuracy, work: Path) 
 
     def once(bench: methods._Bench) -> None:
         if known := bench.passes():
-            bench._write("passes", [*known, 2 * known[-1]])
+            bench.work.write("passes", [*known, 2 * known[-1]])
         else:
             time_passes(bench)
 
@@ -68,7 +69,7 @@ def cells_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process but those that prune; dense passes take two seconds."""
 
     def time_passes(bench: methods._Bench) -> None:
-        bench._write("passes", [*bench.passes(), 2.0])
+        bench.work.write("passes", [*bench.passes(), 2.0])
 
     monkeypatch.setattr(methods._Bench, "check", lambda *_: None)
     monkeypatch.setattr(methods._Bench, "time_passes", time_passes)
@@ -178,9 +179,8 @@ def test_another_calibration_is_measured_again_and_may_be_kept(
     measure_methods(*arguments, work=work, keep=True, say=said.append)
     assert [line.rpartition(": ")[2] for line in said] == [f"measured before, taken from {work}"]
     assert (work / f"{kept.name}.json").stat().st_mtime_ns == written
-    bench = methods._Bench(
-        dense, changed, reading, "exact", "auto", work, keep=True, say=said.append
-    )
+    place = Work(work, dense, changed, reading, "auto", {"compat": "exact"}, said.append)
+    bench = methods._Bench(place, "exact", keep=True, say=said.append)
     kept.rename(work / "elsewhere")
     entry = Entry.parse(arguments[2][0])
     assert bench.finished(methods.Pattern.parse("2:4"), entry) is None  # asked for, and gone

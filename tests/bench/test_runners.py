@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur.bench import measure_latency
-from secateur.bench.runners import choose_engine, open_native, prompts
+from secateur.bench.runners import Workload, choose_engine, open_native, prompts
 from secateur.errors import EnvironmentFault, UsageError
 from secateur.recipe import Latency
 from secateur.serve.native.model import NativeModel
@@ -31,13 +31,14 @@ def test_a_native_run_is_greedy_decoding(dense: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(NativeModel, "step", recorded)
     monkeypatch.setattr("secateur.bench.runners._CHUNK", 16)  # 8 tokens of each sequence
-    subject = open_native(dense, QUICK, 1)
+    load = Workload(prompt=20, new_tokens=5, batch=2)
+    subject = open_native(dense, [load], 1)
     reference_model = AutoModelForCausalLM.from_pretrained(dense)
     for _ in range(2):  # the second run must not see the keys of the first
         steps.clear()
-        subject.run()
+        subject.run(load)
         assert [len(batch.tokens) for batch in steps] == [16, 16, 8, *[2] * 5]
-        prompt = torch.from_numpy(prompts(reference_model.config.vocab_size, QUICK)).long()
+        prompt = torch.from_numpy(prompts(reference_model.config.vocab_size, load)).long()
         read = np.concatenate([batch.tokens.reshape(2, -1) for batch in steps], axis=1)
         reference = reference_model.generate(
             prompt,

@@ -33,7 +33,7 @@ def test_summary(dense: Path, sparse: Path, text: Path, tmp_path: Path) -> None:
     model = accuracy.models[0]
     assert model.kl is not None
     assert model.perplexity_ratio is not None
-    assert speed.models[0].decode_speedup is not None
+    assert speed.models[0].points[0].decode_speedup is not None
     assert summary["dense"]["kl"] == 0.0
     assert summary["dense"]["bytes"] == model_bytes(dense)
     assert summary["sparse"]["kl"] == model.kl.value
@@ -41,7 +41,7 @@ def test_summary(dense: Path, sparse: Path, text: Path, tmp_path: Path) -> None:
     assert summary["ratio"]["bytes"] == pytest.approx(1.0)
     assert summary["ratio"]["perplexity"] == pytest.approx(model.perplexity_ratio.value)
     assert summary["ratio"]["decode_tokens_per_s"] == pytest.approx(
-        speed.models[0].decode_speedup.value
+        speed.models[0].points[0].decode_speedup.value
     )
 
     console = Console(file=io.StringIO(), width=100)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from secateur.errors import EXIT_INTERRUPTED, SecateurError, UsageError
+from secateur.errors import EXIT_INTERRUPTED, GateFailed, SecateurError, UsageError
 
 app = typer.Typer(
     name="secateur",
@@ -55,7 +55,8 @@ def emit(result: Any) -> None:
 
 def _fail(fault: SecateurError) -> NoReturn:
     if "--json" in sys.argv:
-        emit({"error": {"message": fault.what, "fix": fault.fix, "exit_code": fault.exit_code}})
+        said = {"message": fault.what, "fix": fault.fix, "exit_code": fault.exit_code}
+        emit((fault.result if isinstance(fault, GateFailed) else {}) | {"error": said})
     print(f"error: {fault}", file=sys.stderr)
     raise SystemExit(fault.exit_code)
 
@@ -114,5 +115,6 @@ from secateur.cli import prune_command, compile_command  # noqa: E402, F401
 from secateur.cli import serve_command, chat_command  # noqa: E402, F401
 from secateur.cli import bench_command, methods_bench_command, run_command  # noqa: E402, F401
 from secateur.cli import kernels_bench_command, packing_bench_command  # noqa: E402, F401
-from secateur.cli import ceiling_command  # noqa: E402, F401
+from secateur.cli import serving_bench_command, rivals_bench_command  # noqa: E402, F401
+from secateur.cli import ceiling_command, report_command, tune_command  # noqa: E402, F401
 from secateur.cli import inspect_command, layer_command  # noqa: E402, F401

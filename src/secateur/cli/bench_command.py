@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +15,16 @@ from secateur.progress import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-    from secateur.bench import AccuracyResult, LatencyResult
-    from secateur.bench.results import Environment, Estimate
+    from secateur.bench import AccuracyResult
+    from secateur.bench.results import Environment, Estimate, Gate, Interval
 
 Models = Annotated[list[str], Argument(help="Model directories: dense, pruned or packed.")]
 Against = Annotated[str | None, Option(help="Directory of the dense model to compare with.")]
-Timed = Annotated[list[str], Argument(help="Model directories; .gguf files go to llama.cpp.")]
+Timed = Annotated[
+    list[str], Argument(help="Model directories; .gguf goes to llama.cpp, .onnx to ONNX Runtime.")
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Output = Annotated[Path | None, Option("--output", "-o", help="Also write the JSON to this file.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress on stderr.")]
@@ -40,29 +45,69 @@ def accuracy(
     windows: Annotated[
         int | None, Option(help="Read only this many windows.", show_default="all")
     ] = None,
+    top_k: Annotated[
+        int, Option(help="Likeliest next tokens that are compared with the dense model's.")
+    ] = 5,
+    tasks: Annotated[
+        list[str] | None,
+        Option("--task", help="A task of lm-eval, or a .jsonl file of items; may be repeated."),
+    ] = None,
+    limit: Annotated[
+        int | None, Option(help="Ask only so many items of each task.", show_default="all")
+    ] = None,
+    min_recovery: Annotated[
+        float | None,
+        Option(
+            help="End with code 5 if less of the dense accuracy on the tasks is left, e.g. 0.99."
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, Option(help="End with code 5 if perplexity rises by more, e.g. 10%.")
+    ] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     device: Device = "auto",
     output: Output = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Measure perplexity, and KL divergence and top-1 agreement with a dense model."""
+    """Measure perplexity, KL divergence, agreement and zero-shot accuracy beside a dense model."""
     from secateur.bench import measure_accuracy
+    from secateur.bench.recovery import check_gates, parse_share, refuse_failed, require_grounds
     from secateur.recipe import Accuracy, validate
 
     settings = validate(
         Accuracy,
-        {"data": data, "window": window, "stride": stride, "windows": windows},
+        {
+            "data": data,
+            "window": window,
+            "stride": stride,
+            "windows": windows,
+            "top_k": top_k,
+            "tasks": tasks,
+            "limit": limit,
+        },
         "bench accuracy",
     )
+    increase = None if max_ppl_increase is None else parse_share(max_ppl_increase)
+    require_grounds(against, settings.tasks, min_recovery, increase)
     _check_output(output)
     with progress("windows", quiet) as tick:
         result = measure_accuracy(
-            models, settings, against=against, dtype=dtype, device=device, progress=tick
+            models,
+            settings,
+            against=against,
+            dtype=dtype,
+            device=device,
+            command=command_line(),
+            quiet=quiet,
+            progress=tick,
         )
-    _deliver(result.to_json(), output, json)
+    result = check_gates(result, min_recovery, increase)
+    failed = any(not gate.passed for gate in result.gates)
+    _deliver(result.to_json(), output, json and not failed)
     if not json:
         show_accuracy(result)
+    refuse_failed(result)
 
 
 @bench.command("latency")
@@ -70,13 +115,17 @@ def latency(
     models: Timed,
     against: Against = None,
     engine: Annotated[
-        str, Option(help="What runs directories: transformers, native, or auto.")
+        str,
+        Option(help="What runs directories: transformers, native, auto; openvino: .onnx files."),
     ] = "auto",
-    prompt: Annotated[int, Option(help="Prompt tokens of the prefill.")] = 128,
+    prompt: Annotated[str, Option(help="Prompt tokens of the prefill, e.g. 32,512.")] = "128",
     new_tokens: Annotated[int, Option(help="Tokens decoded after it.")] = 32,
-    batch: Annotated[int, Option(help="Sequences at once.")] = 1,
+    batch: Annotated[str, Option(help="Sequences at once, e.g. 1,8,32.")] = "1",
     rounds: Annotated[int, Option(help="Interleaved rounds at least.")] = 5,
     min_seconds: Annotated[float, Option(help="Go on with rounds until this much time.")] = 3.0,
+    layers: Annotated[
+        bool, Option("--layers", help="Also time every linear by itself, a batch of tokens each.")
+    ] = False,
     threads: Annotated[
         int | None, Option(min=1, help="CPU threads.", show_default="all cores")
     ] = None,
@@ -115,10 +164,14 @@ def latency(
             device=device,
             threads=threads,
             head_values=head_values,
+            layers=layers,
+            command=command_line(),
             progress=tick,
         )
     _deliver(result.to_json(), output, json)
     if not json:
+        from secateur.cli.latency_tables import show_latency
+
         show_latency(result)
 
 
@@ -127,7 +180,8 @@ def show_accuracy(result: AccuracyResult) -> None:
     from rich.table import Table
 
     table = Table("model", box=None)
-    for title in ("MB", "perplexity", "/ baseline", "KL, nats/token", "top-1 agreement"):
+    top = f"top-{result.top_k}"
+    for title in ("MB", "perplexity", "/ baseline", "KL, nats/token", "top-1 agreement", top):
         table.add_column(title, justify="right", no_wrap=True)
 
     for model in result.everyone:
@@ -139,9 +193,12 @@ def show_accuracy(result: AccuracyResult) -> None:
             ratio,
             _estimate(model.kl),
             _estimate(model.top1_agreement),
+            _estimate(model.topk_agreement),
         )
     console = _console()
     console.print(table)
+    if result.everyone[0].tasks:
+        console.print(_tasks_table(result))
     text = result.text
     for line in (
         f"text {text.name}: {result.windows} windows of {result.window} tokens, stride "
@@ -149,50 +206,43 @@ def show_accuracy(result: AccuracyResult) -> None:
         "text); ± is one standard error over windows",
         f"tokenizer {text.tokenizer}, no special tokens; sha256 of the evaluated ids {text.sha256}",
         _where(result.environment, result.dtype),
+        *(f"gate: {_gate(gate)}" for gate in result.gates),
         *(f"note: {note}" for note in result.notes),
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def show_latency(result: LatencyResult) -> None:
-    """Print a latency result: a line for each model and phase, then warnings and the machine."""
+def _tasks_table(result: AccuracyResult) -> Table:
     from rich.table import Table
 
-    table = Table("model", "engine", "phase", box=None)
-    for title in ("tokens/s, mean ± σ", "min … max", "speed-up"):
+    table = Table("model", "task", box=None)
+    for title in ("items", "acc", "acc_norm", "recovery (95 %)"):
         table.add_column(title, justify="right", no_wrap=True)
     for model in result.everyone:
-        for name, ran, phase, rate, speedup in (
-            (
-                model.path,
-                model.engine,
-                "prefill",
-                model.prefill_tokens_per_s,
-                model.prefill_speedup,
-            ),
-            ("", "", "decode", model.decode_tokens_per_s, model.decode_speedup),
-        ):
-            times = f"{speedup.value:.3f} ± {speedup.stddev:.3f}" if speedup else ""
+        for number, task in enumerate(model.tasks):
             table.add_row(
-                name,
-                ran,
-                phase,
-                f"{rate.mean:.2f} ± {rate.stddev:.2f}",
-                f"{rate.min:.2f} … {rate.max:.2f}",
-                "baseline" if model is result.baseline else times,
+                "" if number else model.path,
+                task.name,
+                str(task.items),
+                _estimate(task.acc),
+                _estimate(task.acc_norm),
+                _interval(task.recovery),
             )
-    console = _console()
-    console.print(table)
-    for line in (
-        f"prompt {result.prompt}, new tokens {result.new_tokens}, batch {result.batch}; "
-        f"{result.rounds} interleaved rounds in {result.measured_seconds:.1f} s; ± is one standard "
-        "deviation over rounds",
-        f"{_where(result.environment, result.dtype)}, {result.environment.threads} threads, peak "
-        f"memory of the process {result.peak_rss_bytes / 2**30:.2f} GiB",
-        *(f"note: {note}" for note in result.notes),
-        *(f"warning: {model.path}: {text}" for model in result.everyone for text in model.warnings),
-    ):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        if len(model.tasks) > 1 and model.recovery:
+            table.add_row("", "all", "", "", "", _interval(model.recovery))
+    return table
+
+
+def _interval(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"{interval.value:.4f} ({interval.low:.4f} … {interval.high:.4f})"
+
+
+def _gate(gate: Gate) -> str:
+    said = f"{gate.path}: {gate.name} {gate.value:.4f}, limit {gate.limit:g}: "
+    said += "passed" if gate.passed else "failed"
+    return said if gate.certain else f"{said}; the error of the measurement reaches the limit"
 
 
 def _estimate(estimate: Estimate | None) -> str:
@@ -228,10 +278,13 @@ def _deliver(result: dict[str, Any], output: Path | None, json: bool) -> None:
         emit(result)
 
 
+def command_line() -> str:
+    """The command as it was typed, for the result."""
+    return shlex.join(["secateur", *sys.argv[1:]])
+
+
 def _console() -> Console:
     """A console that breaks lines for a terminal only."""
-    import sys
-
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 250)

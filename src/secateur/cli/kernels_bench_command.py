@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from secateur.cli import Json, bench
-from secateur.cli.bench_command import Output, Quiet, _check_output, _console, _deliver
+from secateur.cli.bench_command import (
+    Output,
+    Quiet,
+    _check_output,
+    _console,
+    _deliver,
+    command_line,
+)
 from secateur.cli.methods_bench_command import _number, _table
 from secateur.errors import UsageError
 from secateur.progress import progress
@@ -108,7 +113,7 @@ def kernels(
     )
     _check_output(output)
     _check_output(markdown_file)
-    line = shlex.join(["secateur", *sys.argv[1:]])
+    line = command_line()
     result: KernelsResult | GpuKernelsResult
     with progress("groups", quiet) as tick:
         if chosen.type == "cuda":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import signal
 import statistics
 import sys
@@ -15,7 +14,15 @@ import typer
 from typer import Argument, Option
 
 from secateur.cli import Json, bench
-from secateur.cli.bench_command import Device, Output, Quiet, _check_output, _console, _deliver
+from secateur.cli.bench_command import (
+    Device,
+    Output,
+    Quiet,
+    _check_output,
+    _console,
+    _deliver,
+    command_line,
+)
 from secateur.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -103,7 +110,7 @@ def methods(
             device=device,
             work=work,
             keep=keep,
-            command=shlex.join(["secateur", *sys.argv[1:]]),
+            command=command_line(),
             say=(lambda _: None) if quiet else _say,
         )
     finally:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from secateur.cli import Json, bench
-from secateur.cli.bench_command import Output, _check_output, _console, _deliver, _where
+from secateur.cli.bench_command import (
+    Output,
+    _check_output,
+    _console,
+    _deliver,
+    _where,
+    command_line,
+)
 from secateur.cli.kernels_bench_command import _times, _words
 from secateur.errors import UsageError
 
@@ -60,7 +65,7 @@ def packing(
         {"sm80": sm80, "sm90": sm90},
         cpu,
         settings,
-        command=shlex.join(["secateur", *sys.argv[1:]]),
+        command=command_line(),
     )
     _deliver(result.to_json(), output, json)
     if not json:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json as json_module
-import signal
-import subprocess
 import sys
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from secateur.cli import Json, app, emit
-from secateur.errors import EnvironmentFault, UsageError
+from secateur.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from secateur.recipe import Recipe
 
 _QUESTION = "What is pruning?"
@@ -50,7 +45,9 @@ def run(
 
         console = Console()
         console.print(render_summary(summary))
-        console.print(f"everything is in {chosen.output}", soft_wrap=True)
+        console.print(
+            f"everything is in {chosen.output}; open {chosen.output}/report.html", soft_wrap=True
+        )
 
 
 class _Run:
@@ -144,6 +141,7 @@ class _Run:
 
     def _serve_once(self, model: Path) -> None:
         """Start the endpoint, ask one question over HTTP, show the answer, stop the endpoint."""
+        from secateur.bench.endpoint import served
         from secateur.model import load_tokenizer
 
         self._say(f"serve: {model}")
@@ -153,9 +151,13 @@ class _Run:
             body["messages"] = [{"role": "user", "content": _QUESTION}]
         else:
             body["prompt"] = _QUESTION
-        with _endpoint(model, self.recipe) as address:
+        settings = self.recipe.serve
+        arguments = ["--engine", settings.engine]
+        if settings.threads is not None:
+            arguments += ["--threads", str(settings.threads)]
+        with served(model, arguments) as endpoint:
             request = urllib.request.Request(
-                f"{address}/v1/{'chat/' if chat else ''}completions",
+                f"{endpoint.url}/v1/{'chat/' if chat else ''}completions",
                 json_module.dumps(body).encode(),
                 {"Content-Type": "application/json"},
             )
@@ -166,6 +168,7 @@ class _Run:
 
     def _bench(self, dense: Path, packed: Path) -> dict[str, Any]:
         from secateur.bench import measure_accuracy, measure_latency, summarise
+        from secateur.bench.report import make_report
         from secateur.checkpoint import write_json
         from secateur.progress import progress
 
@@ -181,26 +184,6 @@ class _Run:
         write_json(folder / "latency.json", latency.to_json())
         summary = summarise(dense, packed, accuracy, latency)
         write_json(self.output / "summary.json", summary)
+        results = [folder / "accuracy.json", folder / "latency.json", packed]
+        make_report(results, self.output / "report.html")
         return summary
-
-
-@contextmanager
-def _endpoint(model: Path, recipe: Recipe) -> Iterator[str]:
-    """A running `secateur serve` on a free port; yields its address."""
-    command = [sys.executable, "-m", "secateur", "serve", str(model), "--port", "0"]
-    command += ["--engine", recipe.serve.engine]
-    if recipe.serve.threads is not None:
-        command += ["--threads", str(recipe.serve.threads)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            ready = process.stdout.readline()
-            addresses = [word for word in ready.split() if word.startswith("http://")]
-            if not addresses:
-                raise EnvironmentFault(
-                    f"the endpoint did not start: {ready.strip() or 'it ended without a word'}",
-                    f"run `secateur serve {model}` to see why",
-                )
-            yield addresses[0]
-        finally:
-            process.send_signal(signal.SIGTERM)
