@@ -26,7 +26,6 @@ class Stored:
         scales: of integers, ``[rows, groups]``.
         group: columns that share a scale.
         bits: of the integers if MatMulNBits is to multiply with them; 0: they become floats.
-        sparse: the weight is no initializer yet but a name that `sparse` gives its data.
     """
 
     tensors: Mapping[str, ir.TensorProtocol]
@@ -35,7 +34,6 @@ class Stored:
     scales: ir.TensorProtocol | None = None
     group: int = 0
     bits: int = 0
-    kind: ir.DataType = ir.DataType.FLOAT
 
 
 @dataclass
@@ -74,14 +72,18 @@ class _Builder:
         return node.outputs[0]
 
 
-def fill(model: ir.Model, parameters: Mapping[str, str], stored: Callable[[str], Stored]) -> None:
+def fill(
+    model: ir.Model,
+    parameters: Mapping[str, str],
+    stored: Callable[[str, tuple[int, ...]], Stored],
+) -> None:
     """Give a traced graph its weights, in place.
 
     Args:
         model: from `trace`.
         parameters: for each initializer that is a parameter, the name of its tensor; two of the
             same name become one.
-        stored: how a tensor is stored.
+        stored: how a tensor of a name and shape is stored.
     """
     builder = _Builder(model.graph, model.graph[0])
     made: dict[str, _Operand] = {}
@@ -90,13 +92,13 @@ def fill(model: ir.Model, parameters: Mapping[str, str], stored: Callable[[str],
         if (old := model.graph.initializers.pop(old_name, None)) is None:
             continue
         if tensor not in made:
-            made[tensor] = _insert(builder, tensor, stored(tensor))
+            shape = tuple(int(extent) for extent in old.shape or ())
+            made[tensor] = _insert(builder, tensor, stored(tensor, shape))
         operands[id(made[tensor].weight)] = made[tensor]
         ir.convenience.replace_all_uses_with(old, made[tensor].weight)
     for node in list(model.graph):
         if (node.domain, node.op_type) == (DOMAIN, LINEAR):
             _lower(builder, node, operands[id(node.inputs[1])])
-    del model.opset_imports[DOMAIN]
 
 
 def _insert(builder: _Builder, name: str, stored: Stored) -> _Operand:

@@ -1,0 +1,263 @@
+"""The format ``onnx``: a decoder with KV cache for ONNX Runtime, its pruned weights stored small.
+
+The directory holds ``model.onnx`` (the graph), ``model.onnx.data`` (the weights), config.json and
+the tokenizer's files. FORMATS of the weights: see `secateur.compile.onnx.weights`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur.artifact import Artifact, LayerFacts, Manifest, library_versions, refuse_existing
+from secateur.checkpoint import CONFIG, write_json
+from secateur.compile.config import LIMITS
+from secateur.compile.onnx.environment import require
+from secateur.compile.pack import pack_model
+from secateur.compile.quantize import Quantised
+from secateur.compile.report import LayerReport, PackReport
+from secateur.compile.sources import PackedSource, Source, open_source
+from secateur.compile.values import VALUE_TYPES, check_value_type, convert, dtype_of, with_dtype
+from secateur.errors import ModelError, UsageError, did_you_mean
+from secateur.model import StreamedModel
+from secateur.recipe import Calibration, ValueType
+
+if TYPE_CHECKING:
+    from secateur.compile.onnx.graph import Stored
+    from secateur.compile.onnx.weights import Storage
+
+GRAPH, DATA = "model.onnx", "model.onnx.data"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3")
+_PROTOBUF = 2**31 - 1  # bytes of a file without external data
+_EMBEDDINGS = "model.embed_tokens.weight"
+
+
+def write_onnx(
+    model: str | Path,
+    output: str | Path,
+    *,
+    values: ValueType | None = None,
+    onnx_weights: Storage = "bitmask",
+    group_size: int = 64,
+    quantize: str = "gptq",
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> PackReport:
+    """Write a dense, pruned or packed model as ONNX.
+
+    Args:
+        model: the directory.
+        output: directory to make; it appears whole or not at all.
+        values: fp32, bf16 or fp16: type that weights are stored in (all is computed in fp32);
+            int8 or int4: quantise the linears of the blocks; None: as they are.
+        onnx_weights: how pruned linears are stored; see `secateur.compile.onnx.weights`.
+        group_size, quantize, calibration, device, quiet: of int8 and int4, as of `pack_model`.
+        overwrite: replace an existing output.
+
+    Raises:
+        ModelError: the model is damaged, of another family than `FAMILIES`, or too large for its
+            storage.
+        UsageError: the output exists, or the arguments do not go together.
+        EnvironmentFault: a package of the extra ``onnx`` is missing.
+    """
+    require("onnx", "onnxscript", "onnxruntime")
+    from secateur.compile.onnx.weights import STORAGES
+
+    started = time.perf_counter()
+    check_value_type(values)
+    if onnx_weights not in STORAGES:
+        raise UsageError(
+            f"--onnx-weights {onnx_weights!r} is not known", did_you_mean(onnx_weights, STORAGES)
+        )
+    refuse_existing(Path(output), overwrite)
+    staged = Path(f"{output}.integers")
+    source = open_source(model, packed=True)
+    _check_family(source)
+    method = None
+    if isinstance(source, PackedSource) and source.packed.config.values in LIMITS:
+        method, values = "kept", values or source.packed.config.values
+    if values in LIMITS and method is None:
+        options: dict[str, Any] = {"values": values, "group_size": group_size, "quiet": quiet}
+        options |= {"quantize": quantize, "calibration": calibration, "device": device}
+        pack_model(model, staged, overwrite=True, **options)
+        source, method = open_source(staged, packed=True), quantize
+    work = _Work(source, onnx_weights, values)
+    recipe = {"compile": {"format": "onnx", "values": values, "onnx_weights": onnx_weights}}
+    if values in LIMITS:
+        recipe["compile"] |= {"quantize": method, "group_size": work.group}
+    origin = source.provenance()
+    with Artifact(output, {"source": origin["files"], **recipe}, overwrite) as artifact:
+        written = work.write(artifact.path)
+        manifest = Manifest(
+            kind="exported",
+            versions=library_versions("torch", "transformers", "onnx", "onnxscript"),
+            source=origin,
+            recipe=source.recipe | recipe,
+            seed=source.seed,
+            layers={name: work.facts(name) for name in source.layers},
+            notes=work.notes,
+        )
+        seconds = time.perf_counter() - started
+        artifact.commit(manifest, {"compile": {"seconds": seconds}})
+    shutil.rmtree(staged, ignore_errors=True)
+    dense = sum(layer.dense_bytes for layer in work.reports.values())
+    packed = sum(layer.packed_bytes for layer in work.reports.values())
+    return PackReport(
+        output=str(output),
+        format="onnx",
+        values=values,
+        quantize=method,
+        group_size=work.group if values in LIMITS else None,
+        calibration=calibration if method not in ("kept", None) else None,
+        layers=work.reports,
+        kept_dense=source.kept_dense,
+        notes=work.notes,
+        linears_dense_bytes=dense,
+        linears_packed_bytes=packed,
+        source_bytes=sum(file.stat().st_size for file in source.checkpoint.files),
+        dense_bytes=written - packed + dense,
+        packed_bytes=written,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_family(source: Source) -> None:
+    kind = source.checkpoint.config.get("model_type")
+    if kind not in FAMILIES:
+        raise ModelError(
+            f"{source.checkpoint.path}: {kind} models are not written as ONNX "
+            f"({', '.join(FAMILIES)} are)",
+            "use --format packed or dense, which serve and transformers read",
+        )
+
+
+@dataclass
+class _Work:
+    """One model on its way into a graph."""
+
+    source: Source
+    storage: Storage
+    values: ValueType | None
+    reports: dict[str, LayerReport] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.notes += self.source.notes
+        self._weight = lru_cache(maxsize=1)(self._read)
+        self._mask = lru_cache(maxsize=1)(self._read_mask)
+        self._integers = lru_cache(maxsize=1)(self._read_integers)
+
+    @property
+    def group(self) -> int | None:
+        """Columns that share a scale, of integers."""
+        return self.source.packed.config.group_size if isinstance(self.source, PackedSource) else None
+
+    def write(self, folder: Path) -> int:
+        """Write graph, weights and companions; returns the bytes of the first two."""
+        import onnx
+        import onnx_ir as ir
+
+        from secateur.compile.onnx.functions import functions
+        from secateur.compile.onnx.graph import fill
+        from secateur.compile.onnx.trace import trace
+
+        checkpoint = self.source.checkpoint
+        module = StreamedModel(checkpoint, torch.device("cpu"), None).module
+        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        graph = trace(module)
+        stored = {
+            f"model.{name}": name if name in checkpoint else _EMBEDDINGS for name in names
+        }
+        fill(graph, stored, self.stored)
+        for function in functions(graph):
+            graph.functions[function.identifier()] = function
+        ir.save(graph, folder / GRAPH, external_data=DATA)
+        onnx.checker.check_model(str(folder / GRAPH), full_check=True)
+        write_json(folder / CONFIG, with_dtype(checkpoint.config, "fp32"))
+        for companion in checkpoint.companions():
+            shutil.copyfile(companion, folder / companion.name)
+        return sum((folder / name).stat().st_size for name in (GRAPH, DATA))
+
+    def stored(self, tensor: str, shape: tuple[int, ...]) -> Stored:
+        """How a tensor is stored; counts it."""
+        from secateur.compile.onnx import weights
+
+        name = tensor.removesuffix(".weight")
+        pruned = name in self.source.patterns
+        kind = self._kind(tensor)
+        load = lambda: self._weight(tensor)  # noqa: E731
+        mask = lambda: self._mask(tensor)  # noqa: E731
+        if kind not in LIMITS:
+            if pruned and self.storage == "bitmask":
+                kept = int(mask().sum())
+                found = weights.bitmask(tensor, load, mask, kept, shape, kind)
+            else:
+                found = weights.plain(tensor, load, shape, kind)
+        else:
+            width, integers = 8 if kind == "int8" else 4, lambda: self._integers(name)
+            if self.storage == "bitmask":
+                kept = int(mask().sum())
+                found = weights.bitmask_integers(
+                    tensor, integers, mask, kept, shape, self.group, width
+                )
+            else:
+                found = weights.dense_integers(tensor, integers, shape, self.group, width)
+        self._count(name, tensor, found, kind)
+        return found
+
+    def _kind(self, tensor: str) -> ValueType:
+        """The type that a tensor is stored in."""
+        name = tensor.removesuffix(".weight")
+        if self.values in LIMITS and isinstance(self.source, PackedSource):
+            if name in self.source.packed.layers:
+                return self.values
+        if self.values is not None and self.values not in LIMITS:
+            return self.values
+        return VALUE_TYPES[dtype_of(self.source.checkpoint.config)]
+
+    def _read(self, tensor: str) -> torch.Tensor:
+        return convert(tensor, self.source.checkpoint.load(tensor), self._kind(tensor))
+
+    def _read_mask(self, tensor: str) -> torch.Tensor:
+        return self.source.mask(
+            tensor.removesuffix(".weight"), self.source.checkpoint.load(tensor)
+        )
+
+    def _read_integers(self, name: str) -> Quantised:
+        assert isinstance(self.source, PackedSource)
+        return self.source.packed.integers(name)
+
+    def _count(self, name: str, tensor: str, found: Stored, kind: ValueType) -> None:
+        size = sum(part.nbytes for part in found.tensors.values())
+        scales = found.scales.nbytes if found.scales is not None else 0
+        self.sizes[name] = size + scales
+        if name not in self.source.layers or found.expand is None:
+            return
+        shape = self.source.layers[name].shape
+        bits = {"fp32": 32, "int8": 8, "int4": 4}.get(kind, 16)
+        dense = shape[0] * shape[1] * bits // 8 + scales
+        self.reports[name] = LayerReport(
+            shape=shape,
+            pattern=str(self.source.patterns.get(name, "dense")),
+            kept=int(self._mask(tensor).sum()),
+            dense_bytes=dense,
+            packed_bytes=size + scales,
+            ratio=(size + scales) / dense,
+        )
+
+    def facts(self, name: str) -> LayerFacts:
+        """What the manifest says of a linear."""
+        report = self.reports.get(name)
+        dense = report.dense_bytes if report else self.sizes[name]
+        return self.source.layers[name].model_copy(
+            update={"bytes": self.sizes[name], "dense_bytes": dense}
+        )
