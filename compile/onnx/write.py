@@ -107,6 +107,7 @@ def write_onnx(
         )
         seconds = time.perf_counter() - started
         artifact.commit(manifest, {"compile": {"seconds": seconds}})
+    read = sum(file.stat().st_size for file in source.checkpoint.files)
     shutil.rmtree(staged, ignore_errors=True)
     dense = sum(layer.dense_bytes for layer in work.reports.values())
     packed = sum(layer.packed_bytes for layer in work.reports.values())
@@ -122,7 +123,7 @@ def write_onnx(
         notes=work.notes,
         linears_dense_bytes=dense,
         linears_packed_bytes=packed,
-        source_bytes=sum(file.stat().st_size for file in source.checkpoint.files),
+        source_bytes=read,
         dense_bytes=written - packed + dense,
         packed_bytes=written,
         seconds=time.perf_counter() - started,
