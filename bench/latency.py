@@ -23,8 +23,10 @@ from secateur.bench.runners import (
     Timing,
     choose_engine,
     is_gguf,
+    is_onnx,
     open_llama_cpp,
     open_native,
+    open_onnx,
     open_transformers,
 )
 from secateur.bench.subjects import check_models, notes_on
@@ -45,13 +47,14 @@ def measure_latency(
     device: str = "auto",
     threads: int | None = None,
     head_values: str = "auto",
+    providers: Sequence[str] = (),
     progress: Tick = no_tick,
 ) -> LatencyResult:
     """Time models against each other; all of them are in memory at once.
 
     Args:
-        models: directories of dense, pruned or packed models, run by one engine; or .gguf files,
-            run by llama.cpp.
+        models: directories of dense, pruned or packed models, run by one engine; ONNX ones, run
+            by ONNX Runtime; or .gguf files, run by llama.cpp.
         settings: prompt, new tokens, batch, rounds, seconds; None: the defaults.
         against: the model that the speed-ups refer to.
         engine: transformers, native, or auto: native where it can run all of the directories.
@@ -59,6 +62,7 @@ def measure_latency(
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads; None: all cores of this process.
         head_values: value type of the head in the native engine, as in ``secateur serve``.
+        providers: execution providers of ONNX Runtime, as in ``secateur serve``.
         progress: called with (rounds done, rounds expected).
 
     Raises:
@@ -69,7 +73,7 @@ def measure_latency(
     settings = settings or recipe.Latency()
     place = choose_device(device)
     paths = [*([against] if against is not None else []), *models]
-    directories = [path for path in paths if not is_gguf(path)]
+    directories = [path for path in paths if not is_gguf(path) and not is_onnx(path)]
     if directories or not paths:
         check_models(directories, settings.prompt + settings.new_tokens)
     engine, remark = choose_engine(engine, paths, place.type, dtype)
@@ -81,6 +85,8 @@ def measure_latency(
     def open_one(path: str | Path) -> Subject:
         if is_gguf(path):
             return open_llama_cpp(path, settings, threads)
+        if is_onnx(path):
+            return open_onnx(path, settings, threads, providers)
         if native:
             return open_native(path, settings, threads, head_values)
         return open_transformers(path, settings, dtype, place)
@@ -103,7 +109,7 @@ def measure_latency(
         dtype="that of the weights" if native else dtype,
         notes=(
             *(said for said in (remark, note) if said),
-            *(() if native else notes_on(paths)),
+            *(() if native else notes_on(directories)),
             *(f"{subject.path}: {text}" for subject in subjects for text in subject.notes),
             *notes_on_machine(environment),
         ),

@@ -1,4 +1,4 @@
-"""Models that are ready to be timed: with transformers, the native engine or llama.cpp.
+"""Models that are ready to be timed: transformers, native, ONNX Runtime or llama.cpp.
 
 One run is a prefill (the prompts, and the argmax of their last positions) and `new_tokens` greedy
 steps with a KV cache. The prompts are random tokens, the same for all models of one vocabulary.
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
-ENGINES = ("transformers", "native")  # of directories; a .gguf file is run by llama.cpp
+# Of directories; one with model.onnx is run by ONNX Runtime, a .gguf file by llama.cpp.
+ENGINES = ("transformers", "native")
 _CHUNK = 512  # prompt tokens of a step: what an engine with other things to do would take
 
 
@@ -71,6 +72,11 @@ def is_gguf(path: str | Path) -> bool:
     return Path(path).suffix == ".gguf"
 
 
+def is_onnx(path: str | Path) -> bool:
+    """Whether a path is ONNX Runtime's to run."""
+    return (Path(path) / "model.onnx").is_file()
+
+
 def choose_engine(
     wanted: str, paths: Sequence[str | Path], device: str, dtype: str
 ) -> tuple[str, str | None]:
@@ -91,7 +97,7 @@ def choose_engine(
     elif dtype != "auto":
         why = f"it computes in the type of the weights, not in {dtype}"
     for path in paths:
-        why = why or (None if is_gguf(path) else obstacle(path))
+        why = why or (None if is_gguf(path) or is_onnx(path) else obstacle(path))
     if why is None:
         return "native", None
     if wanted == "native":
@@ -161,6 +167,35 @@ def open_native(
         model.weight_bytes,
         dict(layouts.most_common()),
         tuple(map(str, model.report)),
+    )
+
+
+def open_onnx(
+    path: str | Path, settings: recipe.Latency, threads: int, providers: Sequence[str]
+) -> Subject:
+    """Open an ONNX directory with ONNX Runtime.
+
+    Raises:
+        ModelError: it cannot be opened, or reads fewer tokens than asked.
+        UsageError, EnvironmentFault: a provider is unknown or absent.
+    """
+    from secateur.serve.onnx.session import OnnxModel
+
+    model = OnnxModel.open(Path(path), threads, providers)
+    longest, length = model.max_length, settings.prompt + settings.new_tokens
+    if length > longest:
+        raise ModelError(f"{path} reads at most {longest} tokens", "use a smaller --prompt")
+    size = sum(file.stat().st_size for file in Path(path).glob("model.onnx*"))
+    names = ", ".join(model.session.get_providers())
+    return Subject(
+        str(path),
+        "onnx",
+        _onnx_runner(model, settings),
+        size,
+        model.weight_bytes,
+        {},
+        (f"ONNX Runtime {model.runtime}: {names}",),
+        ("prefill: computes the logits of every position, not only of the last",),
     )
 
 
@@ -261,6 +296,22 @@ def _native_runner(model: Any, settings: recipe.Latency) -> Runner:
         filled = time.perf_counter()
         for at in range(settings.new_tokens):
             token = step(token, length + at)
+        return Timing(prefill=filled - begun, decode=time.perf_counter() - filled)
+
+    return run
+
+
+def _onnx_runner(model: Any, settings: recipe.Latency) -> Runner:
+    tokens = prompts(int(model.config["vocab_size"]), settings)
+
+    def run() -> Timing:
+        begun = time.perf_counter()
+        logits, cache = model.step(tokens, ())
+        token = logits[:, -1:].argmax(-1)
+        filled = time.perf_counter()
+        for _ in range(settings.new_tokens):
+            logits, cache = model.step(token, cache)
+            token = logits[:, -1:].argmax(-1)
         return Timing(prefill=filled - begun, decode=time.perf_counter() - filled)
 
     return run

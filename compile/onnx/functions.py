@@ -31,9 +31,7 @@ def Places(bits):  # type: ignore[no-untyped-def]
     shifted = op.BitShift(
         op.Unsqueeze(bits, op.Constant(value_ints=[-1])), op.Cast(eight, to=2), direction="RIGHT"
     )
-    flat = op.Cast(
-        op.Reshape(op.BitwiseAnd(shifted, one), op.Constant(value_ints=[-1])), to=6
-    )
+    flat = op.Cast(op.Reshape(op.BitwiseAnd(shifted, one), op.Constant(value_ints=[-1])), to=6)
     return op.Mul(op.CumSum(flat, op.Constant(value_int=0)), flat)
 
 
@@ -43,9 +41,7 @@ def BitmaskWeight(bits, kept, columns):  # type: ignore[no-untyped-def]
     flat = op.Gather(kept, _own.Places(bits))
     rows = op.Shape(bits, start=0, end=1)
     whole = op.Reshape(flat, op.Concat(rows, op.Constant(value_ints=[-1]), axis=0))
-    return op.Slice(
-        whole, op.Constant(value_ints=[0]), columns, op.Constant(value_ints=[1])
-    )
+    return op.Slice(whole, op.Constant(value_ints=[0]), columns, op.Constant(value_ints=[1]))
 
 
 @script(_own)

@@ -107,17 +107,16 @@ def _insert(builder: _Builder, name: str, stored: Stored) -> _Operand:
     value, scales = values[0], None
     if stored.expand is not None:
         shape = builder.numbers(*stored.shape)
-        value = builder.node(
-            stored.expand, [*values, shape], name + ".expanded", DOMAIN
-        )
+        value = builder.node(stored.expand, [*values, shape], name + ".expanded", DOMAIN)
     if stored.scales is not None:
         scales = builder.initializer(name + ".scales", stored.scales)
         scales = _float(builder, scales, stored.scales.dtype, name + ".scales")
     if stored.bits:
         return _Operand(value, scales, stored)
     if scales is not None:
-        attributes = {"axis": 1, "block_size": stored.group}
-        value = builder.node("DequantizeLinear", [value, scales], name + ".float", **attributes)
+        value = builder.node(
+            "DequantizeLinear", [value, scales], name + ".float", axis=1, block_size=stored.group
+        )
     else:
         value = _float(builder, value, values[-1].dtype, name)
     return _Operand(value, None, stored)
@@ -134,7 +133,9 @@ def _lower(builder: _Builder, node: ir.Node, operand: _Operand) -> None:
     builder.before = node
     x, output = node.inputs[0], node.outputs[0]
     bias = list(node.inputs[2:])
-    assert x is not None and x.shape is not None and output.shape is not None
+    assert x is not None
+    assert x.shape is not None
+    assert output.shape is not None
     columns, rows, name = int(x.shape[-1]), int(output.shape[-1]), output.name
     if operand.stored.bits:
         attributes = {
@@ -145,9 +146,7 @@ def _lower(builder: _Builder, node: ir.Node, operand: _Operand) -> None:
         new = builder.node("MatMulNBits", inputs, f"{name}.product", "com.microsoft", **attributes)
     else:
         flat = builder.node("Reshape", [x, builder.numbers(-1, columns)], f"{name}.rows")
-        product = builder.node(
-            "Gemm", [flat, operand.weight, *bias], f"{name}.product", transB=1
-        )
+        product = builder.node("Gemm", [flat, operand.weight, *bias], f"{name}.product", transB=1)
         like = builder.node("Shape", [x], f"{name}.leading", start=0, end=2)
         shape = builder.node("Concat", [like, builder.numbers(rows)], f"{name}.shape", axis=0)
         new = builder.node("Reshape", [product, shape], f"{name}.folded")

@@ -83,7 +83,6 @@ def survey(path: Path) -> dict[str, dict[str, Any]]:
         ModelError: see `read_graph`.
     """
     import torch
-    from onnx import TensorProto, helper
 
     from secateur.compile.zeros import pattern_of
 
@@ -92,8 +91,6 @@ def survey(path: Path) -> dict[str, dict[str, Any]]:
     for name, weight, size in _linears(path, model):
         if weight.ndim != 2 or not weight.size:
             continue
-        bits = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT).itemsize
-        del bits
         zeros = torch.from_numpy(np.ascontiguousarray(weight != 0)).float()
         found[name] = {
             "shape": list(weight.shape),
@@ -149,7 +146,8 @@ def _linears(path: Path, model: Any) -> Iterator[tuple[str, np.ndarray[Any, Any]
             weight = load(name)
             size = weight.nbytes
             if name in sparse:
-                size = sum(len(part.raw_data) for part in (sparse[name].values, sparse[name].indices))
+                parts = (sparse[name].values, sparse[name].indices)
+                size = sum(len(part.raw_data) for part in parts)
             yield name, weight.T if turned else weight, size
 
 

@@ -13,7 +13,6 @@ standard ops in their place. No weight is read: every parameter is a view of one
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -52,11 +51,7 @@ class _Cache:
 
 
 class Decoder(torch.nn.Module):
-    """The model with the signature of the graph; see the module.
-
-    Raises:
-        ModelError: on calling, if a layer attends in a way that the graph cannot.
-    """
+    """The model with the signature of the graph; see the module."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -70,6 +65,7 @@ class Decoder(torch.nn.Module):
         position_ids: torch.Tensor,
         *past: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
+        """Logits, then key and value of each layer."""
         cache = _Cache(list(past))
         answer = self.model(
             input_ids=input_ids,
@@ -139,7 +135,7 @@ def attend(
         version=1,
     )
     secateur_cache.present[layer] = (both[0], both[1])
-    return output.unflatten(2, (heads, width)), None
+    return output.view(batch, -1, heads, width), None
 
 
 def multiply(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -168,18 +164,24 @@ def trace(model: PreTrainedModel) -> onnx_ir.Model:
     config._attn_implementation = _IMPLEMENTATION
     _hollow(model)
     names, examples, shapes = _signature(config)
-    with _quietly(), _marked_linears(), torch.inference_mode(False), torch.no_grad():
-        program = torch.onnx.export(
-            Decoder(model).eval(),
-            tuple(examples),
-            input_names=names,
-            output_names=["logits", *_cache_names("present", config.num_hidden_layers)],
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+    try:
+        with _quietly(), _marked_linears(), torch.no_grad():
+            program = torch.onnx.export(
+                Decoder(model).eval(),
+                tuple(examples),
+                input_names=names,
+                output_names=["logits", *_cache_names("present", config.num_hidden_layers)],
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as fault:
+        raise ModelError(
+            f"torch {torch.__version__} cannot trace this {config.model_type}: {fault}",
+            "try the versions of torch and transformers that the manifest of a good export names",
+        ) from fault
+    assert program is not None
     return program.model
 
 
@@ -221,7 +223,7 @@ def _hollow(model: torch.nn.Module) -> None:
 @contextlib.contextmanager
 def _marked_linears() -> Iterator[None]:
     plain = torch.nn.Linear.forward
-    torch.nn.Linear.forward = multiply  # type: ignore[method-assign]
+    torch.nn.Linear.forward = multiply  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -230,4 +232,13 @@ def _marked_linears() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    yield
+    """Without what the exporter tells of itself and of packages that are not there."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,9 +1,9 @@
-"""How each weight is stored in the graph: dense, as a bitmask and kept values, or sparse.
+"""How each weight is stored in the graph.
 
-    floats      dense: the weight; bitmask: bits and kept values, expanded when the model is opened;
-                sparse-initializer: a SparseTensorProto of values and int64 places
-    int8, int4  bitmask: bytes or nibbles for MatMulNBits, expanded when the model is opened;
-                dense and sparse-initializer: integers and DequantizeLinear, standard ops
+bitmask             bits and kept values, expanded when the model is opened; integers become bytes
+                    or nibbles for MatMulNBits
+dense               the weight; integers have DequantizeLinear: standard ops
+sparse-initializer  values and their places; see `secateur.compile.onnx.sparse`
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from secateur.recipe import ValueType
 
 Storage = Literal["bitmask", "sparse-initializer", "dense"]
 STORAGES: tuple[Storage, ...] = ("bitmask", "sparse-initializer", "dense")
-INDEX_BYTES = 8  # of a place in a SparseTensorProto
-BREAK_EVEN = {bits: INDEX_BYTES / (INDEX_BYTES + bits / 8) for bits in (32, 16, 8)}
-"""The sparsity above which a sparse initializer is smaller than a dense one, by bits of a value."""
 _TYPES: dict[ValueType, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
@@ -43,7 +40,7 @@ def plain(name: str, load: Load, shape: tuple[int, ...], values: ValueType) -> S
 
 
 def bitmask(
-    name: str, load: Load, mask: Load, kept: int, shape: tuple[int, int], values: ValueType
+    name: str, load: Load, mask: Load, kept: int, shape: tuple[int, ...], values: ValueType
 ) -> Stored:
     """Bits and kept floats.
 
@@ -90,9 +87,7 @@ def bitmask_integers(
         codes = torch.nn.functional.pad(codes, (0, len(codes) % 2))
         return codes[::2] | codes[1::2] << 4
 
-    bits = _lazy(
-        name, ir.DataType.UINT8, (rows, groups * group // 8), lambda: pack_mask(padded())
-    )
+    bits = _lazy(name, ir.DataType.UINT8, (rows, groups * group // 8), lambda: pack_mask(padded()))
     size = kept + 1 if width == 8 else -(-(kept + 1) // 2)
     return Stored(
         {".bits": bits, ".kept": _lazy(name, ir.DataType.UINT8, (size,), gather)},

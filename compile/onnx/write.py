@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from secateur.checkpoint import CONFIG, write_json
 from secateur.compile.config import LIMITS
 from secateur.compile.onnx.environment import require
 from secateur.compile.pack import pack_model
+from secateur.compile.packed import PackedModel
 from secateur.compile.quantize import Quantised
 from secateur.compile.report import LayerReport, PackReport
 from secateur.compile.sources import PackedSource, Source, open_source
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3")
-_PROTOBUF = 2**31 - 1  # bytes of a file without external data
 _EMBEDDINGS = "model.embed_tokens.weight"
 
 
@@ -77,22 +77,26 @@ def write_onnx(
         raise UsageError(
             f"--onnx-weights {onnx_weights!r} is not known", did_you_mean(onnx_weights, STORAGES)
         )
+    if onnx_weights == "sparse-initializer" and values == "int4":
+        raise UsageError(
+            "ONNX has no sparse initializer of int4", "use --onnx-weights bitmask, or --values int8"
+        )
     refuse_existing(Path(output), overwrite)
     staged = Path(f"{output}.integers")
     source = open_source(model, packed=True)
     _check_family(source)
     method = None
-    if isinstance(source, PackedSource) and source.packed.config.values in LIMITS:
-        method, values = "kept", values or source.packed.config.values
-    if values in LIMITS and method is None:
+    stored = _integers_of(source)
+    if stored is not None and values in (None, stored.config.values):
+        method, values = "kept", stored.config.values
+    elif values in LIMITS:
         options: dict[str, Any] = {"values": values, "group_size": group_size, "quiet": quiet}
         options |= {"quantize": quantize, "calibration": calibration, "device": device}
         pack_model(model, staged, overwrite=True, **options)
         source, method = open_source(staged, packed=True), quantize
     work = _Work(source, onnx_weights, values)
-    recipe = {"compile": {"format": "onnx", "values": values, "onnx_weights": onnx_weights}}
-    if values in LIMITS:
-        recipe["compile"] |= {"quantize": method, "group_size": work.group}
+    chosen = {"format": "onnx", "values": values, "onnx_weights": onnx_weights}
+    recipe = {"compile": chosen | {"quantize": method, "group_size": work.group}}
     origin = source.provenance()
     with Artifact(output, {"source": origin["files"], **recipe}, overwrite) as artifact:
         written = work.write(artifact.path)
@@ -116,7 +120,7 @@ def write_onnx(
         format="onnx",
         values=values,
         quantize=method,
-        group_size=work.group if values in LIMITS else None,
+        group_size=work.group,
         calibration=calibration if method not in ("kept", None) else None,
         layers=work.reports,
         kept_dense=source.kept_dense,
@@ -140,6 +144,13 @@ def _check_family(source: Source) -> None:
         )
 
 
+def _integers_of(source: Source) -> PackedModel | None:
+    """The packed model of a source, if its values are integers."""
+    if isinstance(source, PackedSource) and source.packed.config.values in LIMITS:
+        return source.packed
+    return None
+
+
 @dataclass
 class _Work:
     """One model on its way into a graph."""
@@ -153,6 +164,7 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.notes += self.source.notes
+        self.packed = _integers_of(self.source) if self.values in LIMITS else None
         self._weight = lru_cache(maxsize=1)(self._read)
         self._mask = lru_cache(maxsize=1)(self._read_mask)
         self._integers = lru_cache(maxsize=1)(self._read_integers)
@@ -160,7 +172,7 @@ class _Work:
     @property
     def group(self) -> int | None:
         """Columns that share a scale, of integers."""
-        return self.source.packed.config.group_size if isinstance(self.source, PackedSource) else None
+        return self.packed.config.group_size if self.packed else None
 
     def write(self, folder: Path) -> int:
         """Write graph, weights and companions; returns the bytes of the first two."""
@@ -175,52 +187,71 @@ class _Work:
         module = StreamedModel(checkpoint, torch.device("cpu"), None).module
         names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
         graph = trace(module)
-        stored = {
-            f"model.{name}": name if name in checkpoint else _EMBEDDINGS for name in names
-        }
+        stored = {f"model.{name}": name if name in checkpoint else _EMBEDDINGS for name in names}
         fill(graph, stored, self.stored)
         for function in functions(graph):
             graph.functions[function.identifier()] = function
-        ir.save(graph, folder / GRAPH, external_data=DATA)
+        if self.storage == "sparse-initializer":
+            self._save_sparse(ir.to_proto(graph), folder)
+        else:
+            ir.save(graph, folder / GRAPH, external_data=DATA)
         onnx.checker.check_model(str(folder / GRAPH), full_check=True)
         write_json(folder / CONFIG, with_dtype(checkpoint.config, "fp32"))
         for companion in checkpoint.companions():
             shutil.copyfile(companion, folder / companion.name)
         return sum((folder / name).stat().st_size for name in (GRAPH, DATA))
 
+    def _save_sparse(self, proto: Any, folder: Path) -> None:
+        """Save with sparse initializers, and note what they cost."""
+        import onnx
+
+        from secateur.compile.onnx.sparse import break_even, make_sparse
+
+        names = [f"{name}.weight" for name in self.source.patterns]
+        dense = sum(self.sizes[name] for name in self.source.patterns)
+        sparse = make_sparse(proto, names)
+        onnx.save_model(proto, folder / GRAPH, save_as_external_data=True, location=DATA)
+        kind = self._kind(names[0])
+        limit = break_even({"fp32": 4, "int8": 1}.get(kind, 2))
+        if sparse > dense:
+            self.notes.append(
+                f"sparse initializers take {sparse / 1e6:.0f} MB, {sparse / dense:.2f} times the "
+                f"dense weights: in {kind} they are smaller above {100 * limit:.0f} % zeros only; "
+                "--onnx-weights bitmask is smaller at any pattern"
+            )
+
     def stored(self, tensor: str, shape: tuple[int, ...]) -> Stored:
         """How a tensor is stored; counts it."""
         from secateur.compile.onnx import weights
 
-        name = tensor.removesuffix(".weight")
-        pruned = name in self.source.patterns
-        kind = self._kind(tensor)
-        load = lambda: self._weight(tensor)  # noqa: E731
-        mask = lambda: self._mask(tensor)  # noqa: E731
-        if kind not in LIMITS:
-            if pruned and self.storage == "bitmask":
-                kept = int(mask().sum())
-                found = weights.bitmask(tensor, load, mask, kept, shape, kind)
-            else:
-                found = weights.plain(tensor, load, shape, kind)
+        name, kind = tensor.removesuffix(".weight"), self._kind(tensor)
+        load, mask = partial(self._weight, tensor), partial(self._mask, tensor)
+        if kind in LIMITS:
+            found = self._stored_integers(name, tensor, kind)
+        elif name in self.source.patterns and self.storage == "bitmask":
+            found = weights.bitmask(tensor, load, mask, int(mask().sum()), shape, kind)
         else:
-            width, integers = 8 if kind == "int8" else 4, lambda: self._integers(name)
-            if self.storage == "bitmask":
-                kept = int(mask().sum())
-                found = weights.bitmask_integers(
-                    tensor, integers, mask, kept, shape, self.group, width
-                )
-            else:
-                found = weights.dense_integers(tensor, integers, shape, self.group, width)
+            found = weights.plain(tensor, load, shape, kind)
         self._count(name, tensor, found, kind)
         return found
+
+    def _stored_integers(self, name: str, tensor: str, kind: ValueType) -> Stored:
+        from secateur.compile.onnx import weights
+
+        assert self.packed is not None
+        assert self.group is not None
+        shape, width = self.packed.layers[name].shape, 8 if kind == "int8" else 4
+        load, mask = partial(self._integers, name), partial(self._mask, tensor)
+        if self.storage != "bitmask":
+            return weights.dense_integers(tensor, load, shape, self.group, width)
+        kept = int(mask().sum())
+        return weights.bitmask_integers(tensor, load, mask, kept, shape, self.group, width)
 
     def _kind(self, tensor: str) -> ValueType:
         """The type that a tensor is stored in."""
         name = tensor.removesuffix(".weight")
-        if self.values in LIMITS and isinstance(self.source, PackedSource):
-            if name in self.source.packed.layers:
-                return self.values
+        if self.packed is not None and name in self.packed.layers:
+            return self.packed.config.values
         if self.values is not None and self.values not in LIMITS:
             return self.values
         return VALUE_TYPES[dtype_of(self.source.checkpoint.config)]
@@ -229,13 +260,11 @@ class _Work:
         return convert(tensor, self.source.checkpoint.load(tensor), self._kind(tensor))
 
     def _read_mask(self, tensor: str) -> torch.Tensor:
-        return self.source.mask(
-            tensor.removesuffix(".weight"), self.source.checkpoint.load(tensor)
-        )
+        return self.source.mask(tensor.removesuffix(".weight"), self.source.checkpoint.load(tensor))
 
     def _read_integers(self, name: str) -> Quantised:
-        assert isinstance(self.source, PackedSource)
-        return self.source.packed.integers(name)
+        assert self.packed is not None
+        return self.packed.integers(name)
 
     def _count(self, name: str, tensor: str, found: Stored, kind: ValueType) -> None:
         size = sum(part.nbytes for part in found.tensors.values())

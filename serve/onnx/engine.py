@@ -64,17 +64,11 @@ class OnnxEngine(TurnsEngine):
         self.model_name = model_name
         self.codec = codec
         self.vocabulary_size = int(model.config["vocab_size"])
-        self.max_length = int(model.config.get("max_position_embeddings", 2048))
+        self.max_length = model.max_length
         providers = ", ".join(model.session.get_providers())
         self.description = f"{providers}, {threads} threads, maximum length {self.max_length}"
-        found = next(
-            (
-                one
-                for one in (ends, model.config.get("eos_token_id"), codec.eos_token_id)
-                if one is not None
-            ),
-            [],
-        )
+        known = (ends, model.config.get("eos_token_id"), codec.eos_token_id)
+        found: Any = next((one for one in known if one is not None), [])
         self.end_tokens = frozenset(found if isinstance(found, list) else [found])
         self._model = model
         self._start()
@@ -82,4 +76,5 @@ class OnnxEngine(TurnsEngine):
     def _logits(self, sequence: Sequence, inputs: tuple[int, ...], every: bool) -> Floats:
         ids = np.array([inputs], np.int64)
         logits, sequence.cache = self._model.step(ids, sequence.cache or ())
-        return logits[0]
+        answer: Floats = logits[0]
+        return answer

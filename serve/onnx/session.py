@@ -27,6 +27,7 @@ from secateur.source import cache_directory
 
 GRAPH = "model.onnx"
 _SUFFIX = "ExecutionProvider"
+_MAX_LENGTH = 2048  # where config.json names none
 _INPUTS = {"input_ids", "attention_mask", "position_ids"}
 
 Provider = tuple[str, dict[str, str]]
@@ -76,7 +77,8 @@ class OnnxModel:
         session: of ONNX Runtime.
         config: the model's config.json.
         layers, heads, width: of the KV cache.
-        folded: whether the graph came from the cache of folded models.
+        graph: the file that is run: from the cache of folded models, if that has it.
+        runtime: version of ONNX Runtime.
     """
 
     session: Any
@@ -84,7 +86,8 @@ class OnnxModel:
     layers: int
     heads: int
     width: int
-    folded: bool
+    graph: Path
+    runtime: str
 
     @classmethod
     def open(
@@ -107,9 +110,10 @@ class OnnxModel:
         graph = read_graph(directory / GRAPH)
         expands = any(function.domain == "secateur" for function in graph.functions)
         if keep and expands and len(chosen) == 1:
-            session, folded = _folded_session(directory, threads)
+            session, path = _folded_session(directory, threads)
         else:
-            session, folded = _session(directory / GRAPH, threads, chosen), False
+            path = directory / GRAPH
+            session = _session(path, threads, chosen)
         shapes = {one.name: one.shape for one in session.get_inputs()}
         if missing := sorted((_INPUTS | {"past_key_values.0.key"}) - shapes.keys()):
             raise ModelError(
@@ -118,7 +122,17 @@ class OnnxModel:
             )
         layers = sum(name.endswith(".key") for name in shapes)
         _, heads, _, width = shapes["past_key_values.0.key"]
-        return cls(session, config, layers, heads, width, folded)
+        return cls(session, config, layers, heads, width, path, _version())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that it computes with."""
+        return sum(file.stat().st_size for file in self.graph.parent.glob(f"{GRAPH}*"))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that it reads at most."""
+        return int(self.config.get("max_position_embeddings", _MAX_LENGTH))
 
     def step(self, ids: np.ndarray[Any, Any], past: Sequence[Any]) -> tuple[Floats, list[Any]]:
         """Read tokens.
@@ -150,6 +164,12 @@ class OnnxModel:
         return logits.numpy(), present
 
 
+def _version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 def _cache_names(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
@@ -178,13 +198,13 @@ def _session(
         ) from fault
 
 
-def _folded_session(directory: Path, threads: int) -> tuple[Any, bool]:
-    """A session on the CPU, of the folded graph if there is one; else it is made and kept."""
+def _folded_session(directory: Path, threads: int) -> tuple[Any, Path]:
+    """A session on the CPU and its file: the folded graph, which is made if there is none."""
     cpu: list[Provider] = [("CPU" + _SUFFIX, {})]
     home = cache_directory() / "onnx" / _digest(str(directory.resolve()))
     kept = home / _state(directory)
     if (kept / GRAPH).is_file():
-        return _session(kept / GRAPH, threads, cpu), True
+        return _session(kept / GRAPH, threads, cpu), kept / GRAPH
     home.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=home, prefix="making-"))
     try:
@@ -196,19 +216,17 @@ def _folded_session(directory: Path, threads: int) -> tuple[Any, bool]:
     except OSError as fault:
         shutil.rmtree(aside, ignore_errors=True)
         print(f"onnx: the folded model is not kept: {fault}", file=sys.stderr)
-        return _session(directory / GRAPH, threads, cpu), False
+        return _session(directory / GRAPH, threads, cpu), directory / GRAPH
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     print(f"onnx: weights expanded; kept in {kept} for the next time", file=sys.stderr)
-    return session, False
+    return session, kept / GRAPH
 
 
 def _state(directory: Path) -> str:
     """Changes with the files, the runtime and the CPU, for which the kept graph is made."""
-    import onnxruntime
-
-    facts = [onnxruntime.__version__, cpu_name()]
+    facts = [_version(), cpu_name()]
     for name in (GRAPH, GRAPH + ".data"):
         if (directory / name).exists():
             status = (directory / name).stat()
