@@ -17,7 +17,7 @@ from onnxscript import opset21 as op
 from onnxscript import script
 from onnxscript.values import Opset
 
-from secateur.compile.onnx.trace import DOMAIN, OPSET
+from secateur.compile.onnx.trace import DOMAIN
 
 _own = Opset(DOMAIN, 1)
 _microsoft = Opset("com.microsoft", 1)
@@ -69,7 +69,7 @@ def GroupQueryAttention(  # type: ignore[no-untyped-def]
     query, key, value, past_key, past_value, lengths, length, cos, sin, positions, bias,
     num_heads: int, kv_num_heads: int, scale: float, softcap: float = 0.0,
 ):  # fmt: skip
-    """``softmax(scale · Q·Kᵀ + bias)·V``; heads that share keys are multiplied together."""
+    """``softmax(cap(scale · Q·Kᵀ) + bias)·V``, with ``cap(s) = c·tanh(s / c)`` if c is not 0."""
     zero = op.Constant(value_ints=[0])
     last = op.Constant(value_ints=[-1])
     groups = op.Reshape(op.Constant(value_int=kv_num_heads), last)
@@ -84,7 +84,11 @@ def GroupQueryAttention(  # type: ignore[no-untyped-def]
     second = op.Constant(value_ints=[2])
     keys = op.Unsqueeze(op.Transpose(present_key, perm=[0, 1, 3, 2]), second)
     scaled = op.Mul(op.MatMul(grouped, keys), op.Constant(value_float=scale))
-    weights = op.Softmax(op.Add(scaled, op.Unsqueeze(bias, second)), axis=-1)
+    cap = op.Constant(value_float=softcap)
+    some = op.Constant(value_float=1e-6)
+    capped = op.Mul(op.Tanh(op.Div(scaled, op.Max(cap, some))), cap)
+    scores = op.Where(op.Greater(cap, some), capped, scaled)
+    weights = op.Softmax(op.Add(scores, op.Unsqueeze(bias, second)), axis=-1)
     joined = op.MatMul(weights, op.Unsqueeze(present_value, second))
     output = op.Reshape(
         op.Transpose(joined, perm=[0, 3, 1, 2, 4]), op.Concat(zero, zero, last, axis=0)
@@ -103,6 +107,3 @@ def functions(model: onnx_ir.Model) -> list[onnx_ir.Function]:
         called.add((DOMAIN, "Places"))
     protos = [one.to_function_proto() for key, one in known.items() if key in called]
     return [onnx_ir.serde.deserialize_function(proto) for proto in protos]
-
-
-__all__ = ["OPSET", "functions"]

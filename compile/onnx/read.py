@@ -7,6 +7,7 @@ MatMulNBits with a constant two-dimensional weight, and its zeros tell the patte
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,26 @@ def _check_external(path: Path, model: Any) -> None:
             raise ModelError(f"{path}: its data file {info.location} {state}", _AGAIN)
 
 
-def survey(path: Path) -> dict[str, dict[str, Any]]:
-    """The linears of an ONNX file: shape, pattern, zeros and bytes, by the name of the weight.
+@dataclass(frozen=True)
+class Survey:
+    """What is in an ONNX file.
+
+    Attributes:
+        opset: of the standard ops.
+        producer: the program that wrote it, as it says itself.
+        files: the file and those that hold its data.
+        layers: for each linear, by the name of the weight: shape, pattern, zeros, bytes and
+            dense_bytes.
+    """
+
+    opset: int
+    producer: str
+    files: list[Path]
+    layers: dict[str, dict[str, Any]]
+
+
+def survey(path: Path) -> Survey:
+    """Find the pattern of every linear of an ONNX file.
 
     Args:
         path: of the file; one weight at a time is in memory.
@@ -88,22 +107,33 @@ def survey(path: Path) -> dict[str, dict[str, Any]]:
 
     model = read_graph(path)
     found = {}
-    for name, weight, size in _linears(path, model):
+    for name, weight, size, dense in _linears(path, model):
         if weight.ndim != 2 or not weight.size:
             continue
         zeros = torch.from_numpy(np.ascontiguousarray(weight != 0)).float()
-        found[name] = {
+        found[name.removesuffix(".weight")] = {
             "shape": list(weight.shape),
             "pattern": str(pattern_of(zeros)),
             "zeros": float((zeros == 0).float().mean()),
             "bytes": size,
-            "dense_bytes": weight.nbytes,
+            "dense_bytes": dense,
         }
-    return found
+    opsets = {one.domain: one.version for one in model.opset_import}
+    producer = f"{model.producer_name} {model.producer_version}".strip() or "an unnamed program"
+    files = [path, *sorted({path.parent / one for one in _locations(model)})]
+    return Survey(opsets.get("", opsets.get("ai.onnx", 0)), producer, files, found)
 
 
-def _linears(path: Path, model: Any) -> Iterator[tuple[str, np.ndarray[Any, Any], int]]:
-    """Name, weight ``[out, in]`` and stored bytes of each linear."""
+def _locations(model: Any) -> Iterator[str]:
+    """The data files of a graph."""
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                yield entry.value
+
+
+def _linears(path: Path, model: Any) -> Iterator[tuple[str, np.ndarray[Any, Any], int, int]]:
+    """Name, weight ``[out, in]``, stored bytes and dense bytes of each linear."""
     import onnx
     from onnx import numpy_helper
 
@@ -138,17 +168,18 @@ def _linears(path: Path, model: Any) -> Iterator[tuple[str, np.ndarray[Any, Any]
             bits, kept = load(maker.input[0]), load(maker.input[1])
             columns = _attribute(node, "K", 0) or int(load(maker.input[2])[0])
             mask = np.unpackbits(bits, axis=1, bitorder="little")[:, :columns]
-            dense = mask.astype(kept.dtype)
-            yield stem, dense, bits.nbytes + kept.nbytes
+            width = _attribute(node, "bits", 8 * kept.itemsize)
+            yield stem, mask, bits.nbytes + kept.nbytes, mask.size * width // 8
         elif node.op_type == "MatMulNBits" and name in tensors:
-            yield name, _nibbles(node, load(name)), load(name).nbytes
+            packed = load(name)
+            yield name, _nibbles(node, packed), packed.nbytes, packed.nbytes
         elif name in tensors or name in sparse:
             weight = load(name)
-            size = weight.nbytes
+            size = dense = weight.size * weight.itemsize
             if name in sparse:
                 parts = (sparse[name].values, sparse[name].indices)
                 size = sum(len(part.raw_data) for part in parts)
-            yield name, weight.T if turned else weight, size
+            yield name, weight.T if turned else weight, size, dense
 
 
 def _nibbles(node: Any, packed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -175,6 +175,7 @@ def trace(model: PreTrainedModel) -> onnx_ir.Model:
                 dynamic_shapes=shapes,
                 dynamo=True,
                 verbose=False,
+                optimize=False,
             )
     except torch.onnx.OnnxExporterError as fault:
         raise ModelError(
@@ -182,7 +183,28 @@ def trace(model: PreTrainedModel) -> onnx_ir.Model:
             "try the versions of torch and transformers that the manifest of a good export names",
         ) from fault
     assert program is not None
+    _optimise(program.model, [f"model.{name}" for name, _ in _parameters(model)])
     return program.model
+
+
+def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """All parameters, one that is tied under each of its names."""
+    return iter(model.named_parameters(remove_duplicate=False))
+
+
+def _optimise(model: onnx_ir.Model, parameters: list[str]) -> None:
+    """Fold constants and merge what is equal; parameters have no data yet and are no constants."""
+    from onnxscript import optimizer
+
+    graph = model.graph
+    held = [graph.initializers.pop(name) for name in parameters if name in graph.initializers]
+    for value in held:
+        value.const_value = None
+        graph.inputs.append(value)
+    optimizer.optimize_ir(model)
+    for value in held:
+        graph.inputs.remove(value)
+        graph.initializers[value.name] = value
 
 
 def _cache_names(prefix: str, layers: int) -> list[str]:
@@ -207,15 +229,12 @@ def _signature(config: Any) -> tuple[list[str], list[Any], Any]:
 
 
 def _hollow(model: torch.nn.Module) -> None:
-    """Put a view of one number in the place of every parameter, another number in each.
-
-    The exporter makes initializers one that have the same numbers.
-    """
+    """Put a view of one number in the place of every parameter."""
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in made:
-                view = torch.full((1,), float(len(made))).expand(parameter.shape)
+                view = torch.zeros(1).expand(parameter.shape)
                 made[id(parameter)] = torch.nn.Parameter(view, requires_grad=False)
             module.register_parameter(name, made[id(parameter)])
 
