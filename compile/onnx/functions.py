@@ -1,7 +1,8 @@
 """The ops that the graph calls and ONNX has not, as functions of standard ops in the same file.
 
 A runtime with a kernel of its own for ``com.microsoft::GroupQueryAttention`` uses that; any other
-one inlines the function. The functions of weights have constant arguments: a runtime that folds
+one inlines the function. Heads of a width that ONNX Runtime's kernel refuses call the same
+function in our own domain. The functions of weights have constant arguments: a runtime that folds
 constants computes each weight once, when it opens the model.
 
 ``bits`` is the bitmask of docs/format.md: uint8 ``[rows, columns / 8]``, little-endian. ``kept`` is
@@ -17,10 +18,10 @@ from onnxscript import opset21 as op
 from onnxscript import script
 from onnxscript.values import Opset
 
-from secateur.compile.onnx.trace import DOMAIN
+from secateur.compile.onnx.trace import DOMAIN, MICROSOFT
 
 _own = Opset(DOMAIN, 1)
-_microsoft = Opset("com.microsoft", 1)
+_microsoft = Opset(MICROSOFT, 1)
 
 
 @script(_own)
@@ -67,7 +68,7 @@ def BitmaskInt4(bits, kept, shape):  # type: ignore[no-untyped-def]
 @script(_microsoft)
 def GroupQueryAttention(  # type: ignore[no-untyped-def]
     query, key, value, past_key, past_value, lengths, length, cos, sin, positions, bias,
-    num_heads: int, kv_num_heads: int, scale: float, softcap: float = 0.0,
+    num_heads: int, kv_num_heads: int, scale: float, softcap: float,
 ):  # fmt: skip
     """``softmax(cap(scale · Q·Kᵀ) + bias)·V``, with ``cap(s) = c·tanh(s / c)`` if c is not 0."""
     zero = op.Constant(value_ints=[0])
@@ -98,12 +99,17 @@ def GroupQueryAttention(  # type: ignore[no-untyped-def]
 
 def functions(model: onnx_ir.Model) -> list[onnx_ir.Function]:
     """The functions that the nodes of a graph call, and those that they call in turn."""
-    known: dict[tuple[str, str], Any] = {
-        (one.opset.domain, one.name): one
-        for one in (Places, BitmaskWeight, BitmaskInt8, BitmaskInt4, GroupQueryAttention)
-    }
     called = {(node.domain, node.op_type) for node in model.graph}
     if any(name.startswith("Bitmask") for _, name in called):
         called.add((DOMAIN, "Places"))
-    protos = [one.to_function_proto() for key, one in known.items() if key in called]
-    return [onnx_ir.serde.deserialize_function(proto) for proto in protos]
+    known: dict[str, Any] = {
+        one.name: one
+        for one in (Places, BitmaskWeight, BitmaskInt8, BitmaskInt4, GroupQueryAttention)
+    }
+    found = []
+    for domain, name in sorted(called):
+        if name in known:
+            proto = known[name].to_function_proto()
+            proto.domain = domain
+            found.append(onnx_ir.serde.deserialize_function(proto))
+    return found

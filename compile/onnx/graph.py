@@ -47,6 +47,7 @@ class _Operand:
 class _Builder:
     graph: ir.Graph
     before: ir.Node
+    imports: dict[str, int]
     constants: dict[tuple[int, ...], ir.Value] = field(default_factory=dict)
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -68,6 +69,7 @@ class _Builder:
     ) -> ir.Value:
         node = ir.node(op, inputs, attributes=attributes, domain=domain)
         node.outputs[0].name = name
+        self.imports.setdefault(domain, 1)
         self.graph.insert_before(self.before, node)
         return node.outputs[0]
 
@@ -85,7 +87,7 @@ def fill(
             same name become one.
         stored: how a tensor of a name and shape is stored.
     """
-    builder = _Builder(model.graph, model.graph[0])
+    builder = _Builder(model.graph, model.graph[0], model.opset_imports)
     made: dict[str, _Operand] = {}
     operands: dict[int, _Operand] = {}
     for old_name, tensor in parameters.items():

@@ -53,6 +53,9 @@ def make_sparse(model: Any, names: Collection[str]) -> int:
                 f"sparse initializers of more than {total / 1e9:.1f} GB do not fit into one file",
                 "use --onnx-weights bitmask",
             )
+    typed = [one for one in graph.value_info if one.name not in names]
+    del graph.value_info[:]
+    graph.value_info.extend(typed)
     del graph.initializer[:]
     graph.initializer.extend(kept)
     return total

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OPSET = 21
-DOMAIN = "secateur"
+DOMAIN, MICROSOFT = "secateur", "com.microsoft"
+KERNEL_WIDTH = 8  # ONNX Runtime's kernel takes heads of multiples of this width
 ATTENTION, LINEAR = "GroupQueryAttention", "Linear"
 MASKED = -1e9  # added to the scores of tokens that may not be seen
 _IMPLEMENTATION = "secateur_onnx"
@@ -121,13 +122,15 @@ def attend(
     batch, width, masks = secateur_masks.batch, query.shape[3], secateur_masks
     past = secateur_cache.past[2 * layer : 2 * layer + 2]
     flat = [part.transpose(1, 2).flatten(2) for part in (query, key, value)]
-    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key_heads}
-    attributes["scale"] = float(scaling)
-    if softcap:
-        attributes["softcap"] = float(softcap)
+    attributes = {
+        "num_heads": heads,
+        "kv_num_heads": key_heads,
+        "scale": float(scaling),
+        "softcap": float(softcap or 0),
+    }
     present = (batch, key_heads, masks.total, width)
     output, *both = ops.symbolic_multi_out(
-        f"com.microsoft::{ATTENTION}",
+        f"{MICROSOFT if width % KERNEL_WIDTH == 0 else DOMAIN}::{ATTENTION}",
         (*flat, *past, masks.lengths, masks.length, None, None, None, masks.of(sliding_window)),
         attributes,
         dtypes=(query.dtype,) * 3,

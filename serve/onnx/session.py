@@ -205,8 +205,11 @@ def _folded_session(directory: Path, threads: int) -> tuple[Any, Path]:
     kept = home / _state(directory)
     if (kept / GRAPH).is_file():
         return _session(kept / GRAPH, threads, cpu), kept / GRAPH
-    home.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=home, prefix="making-"))
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=home, prefix="making-"))
+    except OSError as fault:
+        return _unkept(directory, threads, fault)
     try:
         session = _session(directory / GRAPH, threads, cpu, aside)
         for old in home.iterdir():
@@ -215,13 +218,18 @@ def _folded_session(directory: Path, threads: int) -> tuple[Any, Path]:
         os.replace(aside, kept)
     except OSError as fault:
         shutil.rmtree(aside, ignore_errors=True)
-        print(f"onnx: the folded model is not kept: {fault}", file=sys.stderr)
-        return _session(directory / GRAPH, threads, cpu), directory / GRAPH
+        return _unkept(directory, threads, fault)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     print(f"onnx: weights expanded; kept in {kept} for the next time", file=sys.stderr)
     return session, kept / GRAPH
+
+
+def _unkept(directory: Path, threads: int, fault: OSError) -> tuple[Any, Path]:
+    print(f"onnx: the folded model is not kept: {fault}", file=sys.stderr)
+    path = directory / GRAPH
+    return _session(path, threads, [("CPU" + _SUFFIX, {})]), path
 
 
 def _state(directory: Path) -> str:
