@@ -122,7 +122,7 @@ def attend(
     batch, width, masks = secateur_masks.batch, query.shape[3], secateur_masks
     past = secateur_cache.past[2 * layer : 2 * layer + 2]
     flat = [part.transpose(1, 2).flatten(2) for part in (query, key, value)]
-    attributes = {
+    attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": key_heads,
         "scale": float(scaling),

@@ -178,6 +178,7 @@ class _Work:
         """Write graph, weights and companions; returns the bytes of the first two."""
         import onnx
         import onnx_ir as ir
+        from onnx_ir.passes import common as passes
 
         from secateur.compile.onnx.functions import functions
         from secateur.compile.onnx.graph import fill
@@ -191,6 +192,7 @@ class _Work:
         fill(graph, stored, self.stored)
         for function in functions(graph):
             graph.functions[function.identifier()] = function
+        passes.ClearMetadataAndDocStringPass()(graph)  # stack traces of the trace
         if self.storage == "sparse-initializer":
             self._save_sparse(ir.to_proto(graph), folder)
         else:
