@@ -25,7 +25,7 @@ from secateur.bench.latency_results import (
     find_crossovers,
 )
 from secateur.bench.layers import time_layers
-from secateur.bench.onnx_runner import open_onnx
+from secateur.bench.onnx_runner import open_onnx, open_onnx_directory
 from secateur.bench.results import Environment, Estimate, Spread
 from secateur.bench.runners import (
     Runner,
@@ -34,6 +34,7 @@ from secateur.bench.runners import (
     Workload,
     choose_engine,
     is_file,
+    is_onnx,
     open_llama_cpp,
     open_native,
     open_transformers,
@@ -58,13 +59,14 @@ def measure_latency(
     head_values: str = "auto",
     layers: bool = False,
     command: str = "",
+    providers: Sequence[str] = (),
     progress: Tick = no_tick,
 ) -> LatencyResult:
     """Time models against each other; all of them are in memory at once.
 
     Args:
-        models: directories of dense, pruned or packed models, run by one engine; or files: .gguf,
-            run by llama.cpp, .onnx, by ONNX Runtime or OpenVINO.
+        models: directories of dense, pruned or packed models, run by one engine; ONNX ones, run by
+            ONNX Runtime; or files: .gguf, run by llama.cpp, .onnx, by ONNX Runtime or OpenVINO.
         settings: prompts, new tokens, batches, rounds, seconds; None: the defaults.
         against: the model that the speed-ups refer to.
         engine: transformers, native, or auto: native where it can run all of the directories;
@@ -75,6 +77,7 @@ def measure_latency(
         head_values: value type of the head in the native engine, as in ``secateur serve``.
         layers: also time every linear by itself, with as many tokens as each batch has sequences.
         command: kept in the result.
+        providers: execution providers of ONNX Runtime, as in ``secateur serve``.
         progress: called with (rounds done, rounds expected) of each point.
 
     Raises:
@@ -90,7 +93,7 @@ def measure_latency(
     ]
     place = choose_device(device)
     paths = [*([against] if against is not None else []), *models]
-    directories = [path for path in paths if not is_file(path)]
+    directories = [path for path in paths if not is_file(path) and not is_onnx(path)]
     if directories or not paths:
         check_models(directories, max(settings.prompt) + settings.new_tokens)
     onnx = "onnxruntime"
@@ -107,6 +110,10 @@ def measure_latency(
             return open_llama_cpp(path, loads, threads)
         if Path(path).suffix == ".onnx":
             return open_onnx(path, onnx, threads)
+        if is_onnx(path):
+            return open_onnx_directory(
+                path, max(settings.prompt) + settings.new_tokens, threads, providers
+            )
         if native:
             return open_native(path, loads, threads, head_values)
         return open_transformers(path, dtype, place)
@@ -129,7 +136,7 @@ def measure_latency(
         dtype="that of the weights" if native else dtype,
         notes=(
             *(said for said in (remark, note) if said),
-            *(() if native else notes_on(paths)),
+            *(() if native else notes_on(directories)),
             *(f"{subject.path}: {text}" for subject in subjects for text in subject.notes),
             *notes_on_machine(environment),
         ),

@@ -107,6 +107,52 @@ def open_onnx(path: str | Path, engine: str, threads: int) -> Subject:
     return Subject(str(path), engine, run, size, size, {}, (f"{engine} {release}",))
 
 
+def open_onnx_directory(
+    path: str | Path, length: int, threads: int, providers: Sequence[str]
+) -> Subject:
+    """Open a directory with ``model.onnx``, as ``secateur serve --engine onnx`` does.
+
+    Args:
+        length: tokens that it must be able to read.
+        providers: see `secateur.serve.onnx.session.parse_providers`.
+
+    Raises:
+        ModelError: it cannot be opened, or reads fewer tokens.
+        UsageError, EnvironmentFault: a provider is unknown or absent.
+    """
+    from secateur.serve.onnx.session import OnnxModel
+
+    model = OnnxModel.open(Path(path), threads, providers)
+    if length > model.max_length:
+        raise ModelError(
+            f"{path} reads at most {model.max_length} tokens", "use a smaller --prompt"
+        )
+    size = sum(file.stat().st_size for file in Path(path).glob("model.onnx*"))
+    names = ", ".join(model.session.get_providers())
+
+    def run(load: Workload) -> Timing:
+        tokens = prompts(int(model.config["vocab_size"]), load)
+        begun = time.perf_counter()
+        logits, cache = model.step(tokens, ())
+        token = logits[:, -1:].argmax(-1)
+        filled = time.perf_counter()
+        for _ in range(load.new_tokens):
+            logits, cache = model.step(token, cache)
+            token = logits[:, -1:].argmax(-1)
+        return Timing(prefill=filled - begun, decode=time.perf_counter() - filled)
+
+    return Subject(
+        str(path),
+        "onnxruntime",
+        run,
+        size,
+        model.weight_bytes,
+        {},
+        (f"ONNX Runtime {model.runtime}: {names}",),
+        ("prefill: computes the logits of every position, not only of the last",),
+    )
+
+
 def _onnxruntime(path: str | Path, threads: int) -> tuple[Decoder, str, int]:
     try:
         import onnxruntime

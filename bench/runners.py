@@ -1,4 +1,4 @@
-"""Models that are ready to be timed: with transformers, the native engine or llama.cpp.
+"""Models that are ready to be timed: transformers, native, ONNX Runtime or llama.cpp.
 
 One run is a prefill (the prompts, and the argmax of their last positions) and some greedy
 steps with a KV cache. The prompts are random tokens, the same for all models of one vocabulary.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
-# Of directories; a .gguf file is run by llama.cpp, an .onnx file by ONNX Runtime or OpenVINO.
+# Of directories; one with model.onnx, and an .onnx file, is run by ONNX Runtime.
 ENGINES = ("transformers", "native")
 _CHUNK = 512  # prompt tokens of a step: what an engine with other things to do would take
 
@@ -84,6 +84,11 @@ def is_file(path: str | Path) -> bool:
     return Path(path).suffix in (".gguf", ".onnx")
 
 
+def is_onnx(path: str | Path) -> bool:
+    """Whether a path is ONNX Runtime's to run."""
+    return (Path(path) / "model.onnx").is_file()
+
+
 def choose_engine(
     wanted: str, paths: Sequence[str | Path], device: str, dtype: str
 ) -> tuple[str, str | None]:
@@ -104,7 +109,7 @@ def choose_engine(
     elif dtype != "auto":
         why = f"it computes in the type of the weights, not in {dtype}"
     for path in paths:
-        why = why or (None if is_file(path) else obstacle(path))
+        why = why or (None if is_file(path) or is_onnx(path) else obstacle(path))
     if why is None:
         return "native", None
     if wanted == "native":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from secateur.compile.dense import write_dense
     from secateur.compile.export import write_compressed_tensors, write_marlin24
     from secateur.compile.formats import FORMATS, Format
+    from secateur.compile.onnx.write import write_onnx
     from secateur.compile.pack import pack_model
     from secateur.compile.packed import PackedModel, read_packed
     from secateur.compile.report import LayerReport, PackReport
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Format", "LayerReport", "PackReport", "PackedModel", "Pieces"]
 __all__ += ["pack_model", "read_packed", "write_compressed_tensors", "write_dense"]
-__all__ += ["write_marlin24"]
+__all__ += ["write_marlin24", "write_onnx"]
 
 _HOMES = {
     "FORMATS": "formats",
@@ -34,6 +35,7 @@ _HOMES = {
     "write_compressed_tensors": "export",
     "write_dense": "dense",
     "write_marlin24": "export",
+    "write_onnx": "onnx.write",
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from secateur.compile.dense import write_dense
 from secateur.compile.export import write_compressed_tensors, write_marlin24
+from secateur.compile.onnx.write import write_onnx
 from secateur.compile.pack import pack_model
 from secateur.compile.report import PackReport
 
@@ -50,6 +51,13 @@ FORMATS = {
         "2:4 as int4 or int8 in the order of the Sparse-Marlin kernel, for vLLM up to 0.14",
         write_marlin24,
         frozenset({"scales"}),
+        ("int8", "int4"),
+    ),
+    "onnx": Format(
+        "a decoder with KV cache for ONNX Runtime: bitmasks that it expands when it opens the "
+        "file, or dense or sparse initializers",
+        write_onnx,
+        frozenset({"group_size", "onnx_weights"}),
         ("int8", "int4"),
     ),
 }

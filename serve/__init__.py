@@ -43,9 +43,23 @@ def _transformers(
     return load_transformers(directory, model_name=model_name, threads=threads)
 
 
+def _onnx(
+    directory: Path,
+    model_name: str,
+    threads: int | None,
+    options: NativeOptions,
+    providers: Sequence[str] = (),
+) -> Engine:
+    _refuse(options, "ONNX Runtime")
+    from secateur.serve.onnx.engine import load_onnx
+
+    return load_onnx(directory, model_name, threads, providers)
+
+
 # Name → how a model is opened: (directory, model name, threads or None for all cores, options).
 ENGINES: dict[str, Callable[[Path, str, int | None, NativeOptions], Engine]] = {
     "native": load_native,
+    "onnx": _onnx,
     "transformers": _transformers,
 }
 
@@ -68,15 +82,17 @@ def load(
     threads: int | None = None,
     served_model_name: str | None = None,
     options: NativeOptions | None = None,
+    providers: Sequence[str] = (),
 ) -> Engine:
-    """Open a dense, pruned or packed model directory for generation; `close` the engine after use.
+    """Open a model directory for generation; `close` the engine after use.
 
     Args:
-        directory: the model.
+        directory: the model: dense, pruned, packed, or ONNX.
         engine: a name in `ENGINES`, or "auto"; what auto chose, and why, goes to stderr.
         threads: CPU threads; None: all cores of this process.
         served_model_name: the name in answers; None: the directory's.
         options: settings that only the native engine has.
+        providers: execution providers of the ONNX engine, as ``cuda:device_id=0``; none: cpu.
 
     Raises:
         UsageError: there is no such engine, or it has not the options that were given.
@@ -86,13 +102,19 @@ def load(
     check_engine(engine)
     if engine == "vllm":
         raise UsageError("vLLM is a server of its own", "use `secateur serve DIR --engine vllm`")
+    name = served_model_name or directory.resolve().name
+    if engine == "onnx" or (engine == "auto" and (directory / "model.onnx").is_file()):
+        return _onnx(directory, name, threads, options or NativeOptions(), providers)
+    if providers:
+        raise UsageError(
+            f"--provider is for ONNX Runtime, not for engine {engine}", "add --engine onnx"
+        )
     refuse_orphan(Checkpoint(directory))
     if engine == "auto":
         obstacle = native_obstacle(directory)
         engine = "native" if obstacle is None else "transformers"
         reason = obstacle or "it runs this model"
         print(f"serve: engine auto: {engine} ({reason})", file=sys.stderr)
-    name = served_model_name or directory.resolve().name
     return ENGINES[engine](directory, name, threads, options or NativeOptions())
 
 
@@ -107,6 +129,7 @@ def serve(
     served_model_name: str | None = None,
     drain_seconds: float = DRAIN_SECONDS,
     options: NativeOptions | None = None,
+    providers: Sequence[str] = (),
     vllm_arguments: Sequence[str] = (),
 ) -> None:
     """Serve a model until SIGINT or SIGTERM; once ready, says where in one line on stdout.
@@ -120,7 +143,7 @@ def serve(
         threads: see `load`.
         served_model_name: see `load`.
         drain_seconds: how long running requests may go on after a signal.
-        options: see `load`.
+        options, providers: see `load`.
         vllm_arguments: further arguments of ``vllm serve``.
 
     Raises:
@@ -158,6 +181,7 @@ def serve(
             threads=threads,
             served_model_name=served_model_name,
             options=options,
+            providers=providers,
         )
         try:
             run(loaded, listener, host=host, api_key=api_key, drain_seconds=drain_seconds)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Models = Annotated[list[str], Argument(help="Model directories: dense, pruned or packed.")]
 Against = Annotated[str | None, Option(help="Directory of the dense model to compare with.")]
 Timed = Annotated[
-    list[str], Argument(help="Model directories; .gguf goes to llama.cpp, .onnx to ONNX Runtime.")
+    list[str],
+    Argument(help="Model directories, also ONNX; .gguf goes to llama.cpp, .onnx to ONNX Runtime."),
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Output = Annotated[Path | None, Option("--output", "-o", help="Also write the JSON to this file.")]
@@ -132,6 +133,10 @@ def latency(
     head_values: Annotated[
         str, Option(help="Native engine: value type of lm_head, as in `secateur serve`.")
     ] = "auto",
+    provider: Annotated[
+        list[str] | None,
+        Option(help="ONNX Runtime's execution provider, as in `secateur serve`."),
+    ] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Device = "auto",
     output: Output = None,
@@ -166,6 +171,7 @@ def latency(
             head_values=head_values,
             layers=layers,
             command=command_line(),
+            providers=provider or (),
             progress=tick,
         )
     _deliver(result.to_json(), output, json)

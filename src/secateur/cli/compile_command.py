@@ -23,7 +23,7 @@ def compile_(
         typer.Argument(
             metavar="DIR",
             help="Pruned model directory, or a sparse checkpoint of another program; any for "
-            "--format dense.",
+            "--format dense and onnx.",
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make.")],
@@ -56,6 +56,12 @@ def compile_(
         str | None,
         typer.Option(help="Oldest compressed-tensors to read the result: 0.9 or 0.8."),
     ] = None,
+    onnx_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx: bitmask, sparse-initializer or dense.  [default: bitmask]",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -86,6 +92,7 @@ def compile_(
         raise UsageError(f"--format {format_!r} is not known", did_you_mean(format_, FORMATS))
     form = FORMATS[format_]
     special = {"group_size": group_size, "scales": scales, "era": era}
+    special |= {"onnx_weights": onnx_weights}
     walk = {"quantize": quantize, "device": device}
     text = {"data": data, "samples": samples, "length": length, "seed": seed}
     special, walk, text = (_given(options) for options in (special, walk, text))
@@ -111,7 +118,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse(flag: str, format_: str, walks: bool) -> NoReturn:
-    if walks and flag not in ("scales", "era"):
+    if walks and flag not in ("scales", "era", "onnx-weights"):
         raise UsageError(
             f"--{flag} is of use to --values int8 and int4 only",
             f"add --values int8 or int4, or drop --{flag}",

@@ -12,11 +12,13 @@ from secateur.cli import Json, app, emit
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, Argument(help="A model directory, of any program.")],
+    directory: Annotated[
+        Path, Argument(help="A model directory, of any program, or an ONNX file.")
+    ],
     layers: Annotated[bool, Option("--layers", help="Show every layer, not kinds.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what is in a model directory: patterns, zeros and bytes, layer by layer."""
+    """Show what is in a model directory or ONNX file: patterns, zeros and bytes of each layer."""
     facts = _inspect(directory)
     if json:
         emit(facts)
@@ -62,6 +64,8 @@ def _inspect(directory: Path) -> dict[str, Any]:
     from secateur.checkpoint import Checkpoint
     from secateur.orphans import recognise, rescue
 
+    if directory.suffix == ".onnx" or (directory / "model.onnx").is_file():
+        return _onnx(directory)
     checkpoint = Checkpoint(directory)
     form = recognise(checkpoint)
     known = Manifest.read(directory) if (directory / MANIFEST).exists() else None
@@ -95,6 +99,29 @@ def _inspect(directory: Path) -> dict[str, Any]:
         "notes": known.notes if known else [],
         "source": known.source if known else None,
         "recipe": known.recipe if known else None,
+    }
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    """The facts of an ONNX file, all read from the file itself."""
+    from secateur.compile.onnx.read import survey
+
+    graph = path if path.suffix == ".onnx" else path / "model.onnx"
+    found = survey(graph)
+    return {
+        "directory": str(path),
+        "kind": "onnx",
+        "form": None,
+        "rescue": None,
+        "architecture": f"opset {found.opset} by {found.producer}",
+        "files": len(found.files),
+        "bytes": sum(file.stat().st_size for file in found.files),
+        "values": None,
+        "group_size": None,
+        "layers": found.layers,
+        "notes": [],
+        "source": None,
+        "recipe": None,
     }
 
 
@@ -197,6 +224,7 @@ def _diagnosis() -> dict[str, str]:
         kernels = f"no native module ({fault}): install again with a C++17 compiler present"
     from secateur.compile import torch_ops
     from secateur.compile.gpu import machine
+    from secateur.compile.onnx.environment import providers
 
     called = "C++"
     if torch_ops.OBSTACLE is not None:
@@ -222,6 +250,7 @@ def _diagnosis() -> dict[str, str]:
         **machine.diagnosis(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
+        "onnx": providers(),
         "datasets": installed("datasets", "data sets from the hub need `secateur[data]`"),
     }
     if find_spec("vllm") is not None:

@@ -10,8 +10,8 @@ from typer import Argument, Context, Option
 from secateur.cli import app
 
 _NATIVE = "Native engine"
-Directory = Annotated[Path, Argument(help="A dense, pruned or packed model directory.")]
-Engine = Annotated[str, Option(help="What runs the model: auto, native, transformers.")]
+Directory = Annotated[Path, Argument(help="A model directory: dense, pruned, packed or ONNX.")]
+Engine = Annotated[str, Option(help="What runs the model: auto, native, onnx, transformers.")]
 Threads = Annotated[int | None, Option(min=1, help="CPU threads. [default: all cores]")]
 MaxLength = Annotated[
     int | None,
@@ -42,7 +42,7 @@ def serve(
     context: Context,
     directory: Directory,
     engine: Annotated[
-        str, Option(help="What runs the model: auto, native, transformers, vllm.")
+        str, Option(help="What runs the model: auto, native, onnx, transformers, vllm.")
     ] = "auto",
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -63,6 +63,13 @@ def serve(
     drain_seconds: Annotated[
         float, Option(min=0, help="Time that running requests get to finish after a signal.")
     ] = 5.0,
+    provider: Annotated[
+        list[str] | None,
+        Option(
+            help="ONNX Runtime's execution provider, with options: cuda:device_id=0. May be "
+            "repeated; cpu comes last.",
+        ),
+    ] = None,
     kv_cache_type: CacheType = None,
     kv_cache_memory: Annotated[
         str | None, Option(help="Size of the KV cache, e.g. 2GiB.", rich_help_panel=_NATIVE)
@@ -123,5 +130,6 @@ def serve(
             token_budget=token_budget,
             deadline=deadline,
         ),
+        providers=provider or (),
         vllm_arguments=context.args,
     )

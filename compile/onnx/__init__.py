@@ -1,0 +1,1 @@
+"""ONNX: a decoder with KV cache, its pruned weights stored small, for ONNX Runtime."""

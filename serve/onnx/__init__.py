@@ -1,0 +1,1 @@
+"""The engine ``onnx``: decoders that ONNX Runtime runs."""
