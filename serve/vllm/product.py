@@ -95,7 +95,7 @@ def _pack(share: Pieces) -> cpu.CpuMatrix:
         value_type = VALUE_TYPES[narrow.dtype]
         values = (narrow if value_type == "fp32" else narrow.view(torch.uint16)).numpy()
     activations = None
-    if share.scales is not None:
+    if share.group_size is not None:
         activations = setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
     return cpu.pack(
         values,
