@@ -6,7 +6,8 @@ dense copy. Where that cannot be, the module computes with a dense copy in torch
 counts all of them, with the reasons.
 
     SECATEUR_KERNELS=off        always the dense copy
-    SECATEUR_ACTIVATIONS=fp32   no int8 activations with int8 and int4 values, on a CPU
+    SECATEUR_ACTIVATIONS=fp32   activations are not rounded: to int8 with int8 and int4 values, on a
+                                CPU; to fp8 with fp8 values, on a GPU
     SECATEUR_CROSSOVER=…        see `secateur.compile.gpu.crossover`
 """
 
@@ -188,7 +189,8 @@ class SparseLinear(torch.nn.Module):
         values = self.weight_values.detach().cpu()
         parts = pieces(self.name, self.layer, bits, values, scales, self.group_size)
         dtype = self.dtype if self.value_type else values.dtype
-        matrix = gpu.hold(parts, VALUE_TYPES.get(dtype, str(dtype)), device)
+        name = VALUE_TYPES.get(dtype, str(dtype))
+        matrix = gpu.hold(parts, name, device, self._rounding() != "fp32")
         if isinstance(matrix, str):
             return matrix
         matrix.share(self.weight_values.detach(), self.weight_bitmask)
@@ -204,7 +206,7 @@ class SparseLinear(torch.nn.Module):
         )
         activations = None
         if self.group_size is not None:
-            activations = self.activations or setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
+            activations = self._rounding()
         return cpu.pack(
             parts.values,
             parts.bitmask,
@@ -215,6 +217,10 @@ class SparseLinear(torch.nn.Module):
             group_size=parts.group_size,
             activations=activations,  # type: ignore[arg-type]
         )
+
+    def _rounding(self) -> str | None:
+        """What inputs are rounded to, of those that may be; None: as is usual."""
+        return self.activations or setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
 
     def _find_obstacle(self) -> str | None:
         """Why the kernels cannot compute this layer."""

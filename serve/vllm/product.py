@@ -67,7 +67,8 @@ def make_product(
     if device.type == gpu.DEVICE:
         matrices = []
         for share in merged:
-            matrix = gpu.hold(share, VALUE_TYPES.get(dtype, str(dtype)), device)
+            rounds = setting("SECATEUR_ACTIVATIONS", ("int8", "fp32")) != "fp32"
+            matrix = gpu.hold(share, VALUE_TYPES.get(dtype, str(dtype)), device, rounds)
             if isinstance(matrix, str):
                 return matrix
             matrices.append(matrix)

@@ -42,7 +42,8 @@ def test_back_ends_are_checked_and_compared(result: GpuKernelsResult) -> None:
     for group in result.groups:
         rows = {row.name: row for row in group.kernels}
         assert list(rows) == [
-            *("dense", "2:4 triton", "2:4 unpack", "2:4 cutlass", "2:4 cusparselt", "4:6")
+            *("dense", "2:4 triton", "2:4 unpack", "2:4 own"),
+            *("2:4 cutlass", "2:4 cusparselt", "4:6"),
         ]
         assert rows["4:6"].absent == "64 inputs are not a multiple of 6"
         assert rows["2:4 cutlass"].absent is not None
