@@ -31,6 +31,7 @@ from secateur.pattern import Pattern
 from secateur.progress import Tick, no_tick
 
 TOLERANCE = 2e-2  # of bf16 weights and results
+_IN_FP8 = 6e-2  # of inputs in fp8, which alone cost 2 to 3 %
 _MOST_BYTES = 8 * 2**30  # of all copies of a weight
 
 
@@ -244,7 +245,7 @@ def _pattern(
         pattern,
         weights.kind,
         scales=weights.scales,
-        group_size=None if weights.scales is None else settings.group_size,
+        group_size=weights.group_size,
         device=device.device,
     )
     exact = weights.dense(mask)
@@ -255,7 +256,8 @@ def _pattern(
                 found = matrix.multiply(x[:tokens]).float().cpu().numpy()
                 truth: Array = x[:tokens].float().cpu().numpy() @ exact.T
                 error = max(error, relative_error(found, truth))
-        if error > TOLERANCE:
+        rounds = weights.kind == "fp8" and end not in ("triton", "unpack")
+        if error > (_IN_FP8 if rounds else TOLERANCE):
             raise SecateurError(
                 f"{end} is wrong: {pattern} {weights.kind}, {weights.shape[0]}x{weights.shape[1]}: "
                 f"relative error {error:.2g}",

@@ -21,7 +21,7 @@ from secateur.pattern import Pattern
 TOLERANCE = {"fp32": 1e-4, "int8": 2e-2}  # by activations
 _MOST_COPIES = 4096
 _WORK = 24  # bytes a weight while masks are drawn, weights packed and results checked
-_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5, "fp8": 2.0}
 
 
 class Matrix(Protocol):
@@ -209,7 +209,7 @@ class ShapeBench:
             pattern,
             self.kind,
             scales=self.weights.scales,
-            group_size=None if self.weights.scales is None else self.settings.group_size,
+            group_size=self.weights.group_size,
         )
         copies = self._copies(name, matrix.nbytes)
         subject = OwnSubject([matrix, *(matrix.clone() for _ in range(copies - 1))])

@@ -33,6 +33,7 @@ PEERS_OF: dict[ValueType, tuple[str, ...]] = {
     "fp16": _FLOATS,
     "int8": ("ort-nbits8", "ort-int8"),
     "int4": ("ort-nbits4",),
+    "fp8": (),
 }
 _OPSETS = (("", 21), ("com.microsoft", 1))
 _SESSIONS = 16  # among which the copies are divided: a step of the rotation stays short

@@ -16,7 +16,7 @@ import torch
 
 from secateur.pattern import Pattern
 
-ValueType = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+ValueType = Literal["fp32", "bf16", "fp16", "int8", "int4", "fp8"]
 Array = np.ndarray[Any, Any]
 
 LIMITS = {"int8": 127, "int4": 7}
@@ -70,22 +70,23 @@ class Weights:
 
     Attributes:
         kind: the value type.
-        stored: ``[rows, columns]``: float32, uint16 (the bits of bf16 or fp16) or int8 (of int4
-            -7 … 7, one in a byte).
-        scales: float16 ``[rows, ceil(columns / group_size)]`` of int8 and int4.
-        group_size: columns that share a scale.
+        stored: ``[rows, columns]``: float32, uint16 (the bits of bf16 or fp16), uint8 (those of
+            fp8) or int8 (of int4 -7 … 7, one in a byte).
+        scales: float16 ``[rows, ceil(columns / group_size)]`` of int8 and int4; float32
+            ``[rows, 1]`` of fp8.
+        group_size: columns that share a scale, of integers; else None.
     """
 
     kind: ValueType
     stored: Array
     scales: Array | None
-    group_size: int
+    group_size: int | None = None
 
     @classmethod
     def draw(
         cls, kind: ValueType, rows: int, columns: int, group_size: int, draw: np.random.Generator
     ) -> Weights:
-        """Gaussian floats, or uniform integers with random positive scales."""
+        """Gaussian floats (also fp8), or uniform integers with random positive scales."""
         if kind in LIMITS:
             limit = LIMITS[kind]
             stored = draw.integers(-limit, limit + 1, (rows, columns), dtype=np.int8)
@@ -95,10 +96,14 @@ class Weights:
         weight *= _SIGMA
         if kind == "bf16":
             bits = torch.from_numpy(weight).to(torch.bfloat16).view(torch.uint16).numpy()
-            return cls(kind, bits, None, group_size)
+            return cls(kind, bits, None)
         if kind == "fp16":
-            return cls(kind, weight.astype(np.float16).view(np.uint16), None, group_size)
-        return cls(kind, weight, None, group_size)
+            return cls(kind, weight.astype(np.float16).view(np.uint16), None)
+        if kind == "fp8":
+            scales = np.ldexp(np.float32(1), draw.integers(-13, -10, (rows, 1)))
+            numbers = torch.from_numpy(weight / scales).clamp_(-448, 448)
+            return cls(kind, numbers.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), scales)
+        return cls(kind, weight, None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,8 +124,11 @@ class Weights:
 
     def dense(self, mask: Array | None = None) -> Array:
         """float32 ``[rows, columns]``: what the weight is worth, 0 where the mask removes it."""
-        if self.scales is not None:
-            scales = self.scales.astype(np.float32).repeat(self.group_size, axis=1)
+        if self.kind == "fp8":
+            weight = torch.from_numpy(self.stored).view(torch.float8_e4m3fn).float().numpy()
+            weight *= self.scales
+        elif self.scales is not None:
+            scales = self.scales.astype(np.float32).repeat(self.group_size or 1, axis=1)
             weight = self.stored * scales[:, : self.stored.shape[1]]
         elif self.kind == "bf16":
             weight = torch.from_numpy(self.stored).view(torch.bfloat16).float().numpy()

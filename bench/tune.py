@@ -213,7 +213,7 @@ def tune(
     latency = latency or recipe.Latency()
     entries = [Entry.parse(text) for text in methods]
     pairs = [(str(Pattern.parse(text)), kind) for text in patterns for kind in values]
-    settings = {"latency": latency.model_dump()}
+    settings = {"latency": latency.model_dump(mode="json")}
     place = Work(Path(work), resolve_model(model), calibration, evaluation, device, settings, say)
     place.make()
     search = _Search(place, latency, say)

@@ -61,8 +61,10 @@ class Work:
         machine = self.environment
         return {
             "model": Checkpoint(self.model).sha256(),
-            "calibration": calibration.model_dump() | {"sha256": _text_sha256(calibration.data)},
-            "evaluation": evaluation.model_dump() | {"sha256": _text_sha256(evaluation.data)},
+            "calibration": calibration.model_dump(mode="json")
+            | {"sha256": _text_sha256(calibration.data)},
+            "evaluation": evaluation.model_dump(mode="json")
+            | {"sha256": _text_sha256(evaluation.data)},
             **self.settings,
             "machine": [machine.cpu, machine.cores, machine.device],
             "versions": machine.versions,

@@ -57,16 +57,16 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Quantizer:
-    """How the linears of a model become integers.
+    """How the linears of a model become integers or fp8.
 
     Attributes:
-        values: int8 or int4.
-        group_size: columns that share a scale.
+        values: int8, int4 or fp8.
+        group_size: columns that share a scale; None: all of a row, of fp8.
         method: gptq, or rtn, which reads no inputs.
     """
 
     values: ValueType
-    group_size: int
+    group_size: int | None
     method: Literal["gptq", "rtn"]
 
     def solve(
@@ -88,7 +88,7 @@ class Quantizer:
         Raises:
             ModelError: a weight is too large for a scale, or the inputs are not finite.
         """
-        limit, size = LIMITS[self.values], self.group_size
+        limit, size = LIMITS[self.values], self.group_size or weight.shape[1]
         try:
             if inputs is None or self.method == "rtn":
                 found = rtn(weight, mask, limit, size)
@@ -102,7 +102,7 @@ class Quantizer:
         if inputs is not None:
             after = found.dense()
             facts["relative_error"] = inputs.relative_error(weight, after)
-            facts["activation_error"] = activation_error(after, inputs.probe, size)
+            facts["activation_error"] = activation_error(after, inputs.probe, self.group_size)
         layer, tensors = encode_integers(found, mask, pattern, self.values)
         return Encoded(layer, {end: tensor.cpu() for end, tensor in tensors.items()}, facts)
 
@@ -228,7 +228,7 @@ class Blocks:
         save_tensors(self._file(block, "safetensors"), stored)
         write_json(self._file(block, "json"), entries)
 
-    def _take_over(self, model: StreamedModel, block: int, group_size: int) -> None:
+    def _take_over(self, model: StreamedModel, block: int, group_size: int | None) -> None:
         """Give a loaded block the weights that its files hold."""
         entries = json.loads(self._file(block, "json").read_text(encoding="utf-8"))
         self._found |= {name: (block, entry) for name, entry in entries.items()}

@@ -1,7 +1,7 @@
 """``quantization_config`` of a packed model: what each linear holds, and as which tensors.
 
 docs/format.md is the specification. Version 1 has floating-point values, version 2 integers with
-group scales.
+group scales, version 3 fp8 values with a scale for each row.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from secateur.recipe import ValueType
 QUANT_METHOD = "secateur"
 BITMASK, VALUES, SCALES = ".weight_bitmask", ".weight_values", ".weight_scales"
 GROUP_SIZES = (32, 64, 128)
-LIMITS: dict[ValueType, int] = {"int8": 127, "int4": 7}
-"""The largest magnitude of an integer value: symmetric, so -128 and -8 never occur."""
+LIMITS: dict[ValueType, int] = {"int8": 127, "int4": 7, "fp8": 448}
+"""The largest magnitude of a value with a scale. Integers are symmetric: no -128 and no -8."""
+VERSIONS: dict[ValueType, int] = {"fp32": 1, "bf16": 1, "fp16": 1, "int8": 2, "int4": 2, "fp8": 3}
+"""The format version that values take."""
 MAKE_AGAIN = "write the directory again with `secateur compile`, or copy it again"
 _STORED_TYPES: dict[ValueType, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-_STORED_TYPES |= {"int8": "I8", "int4": "U8"}
+_STORED_TYPES |= {"int8": "I8", "int4": "U8", "fp8": "U8"}
 
 _Extent = Annotated[int, Field(gt=0)]
 
@@ -89,16 +91,16 @@ class PackedConfig(BaseModel):
     """``quantization_config`` of a packed model.
 
     Attributes:
-        format_version: 1 with floating-point values, 2 with integers.
+        format_version: 1 with floating-point values, 2 with integers, 3 with fp8.
         values: type of every packed linear's values.
-        group_size: columns that share a scale; None in version 1.
+        group_size: columns that share a scale, of integers; else None.
         layers: the packed linears by module name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["secateur"] = "secateur"
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[1, 2, 3] = 1
     values: ValueType
     group_size: int | None = Field(None, validate_default=True)
     layers: dict[str, PackedLayer]
@@ -107,17 +109,18 @@ class PackedConfig(BaseModel):
     @classmethod
     def _of_this_version(cls, values: ValueType, info: ValidationInfo) -> ValueType:
         version = info.data.get("format_version", 1)
-        if (values in LIMITS) != (version == 2):
-            known = "fp32, bf16 or fp16" if version == 1 else "int8 or int4"
-            raise ValueError(f"format version {version} has {known}, not {values}")
+        if VERSIONS[values] != version:
+            known = [name for name, its in VERSIONS.items() if its == version]
+            raise ValueError(f"format version {version} has {' or '.join(known)}, not {values}")
         return values
 
     @field_validator("group_size", mode="before")
     @classmethod
     def _size(cls, size: Any, info: ValidationInfo) -> Any:
-        if info.data.get("values") in LIMITS and (size not in GROUP_SIZES or type(size) is not int):
+        integers = info.data.get("values") in ("int8", "int4")
+        if integers and (size not in GROUP_SIZES or type(size) is not int):
             raise ValueError(f"groups have 32, 64 or 128 columns, not {size!r}")
-        if info.data.get("values") not in LIMITS and size is not None:
+        if not integers and size is not None:
             raise ValueError("floating-point values have no groups")
         return size
 
@@ -144,11 +147,11 @@ class PackedConfig(BaseModel):
         cls, values: ValueType, group_size: int | None, layers: dict[str, PackedLayer]
     ) -> PackedConfig:
         """The config of the version that these values take."""
-        integer = values in LIMITS
+        version = VERSIONS[values]
         return cls(
-            format_version=2 if integer else 1,
+            format_version=version,
             values=values,
-            group_size=group_size if integer else None,
+            group_size=group_size if version == 2 else None,
             layers=layers,
         )
 
@@ -180,4 +183,6 @@ class PackedConfig(BaseModel):
         if self.group_size is not None:
             groups = -(-layer.shape[1] // self.group_size)
             tensors[name + SCALES] = ("F16", (layer.shape[0], groups))
+        elif self.values == "fp8":
+            tensors[name + SCALES] = ("F32", (layer.shape[0], 1))
         return tensors

@@ -8,11 +8,12 @@ What lies where is in csrc/layout.h. A product with few tokens reads the packed 
 takes the time that memory takes for them; with more tokens, sixteen rows at a time become floats in
 the cache and every tile of tokens runs over them. Only the packed bytes are held.
 
-Values fp32, bf16 and fp16 are multiplied with fp32 activations and summed in fp32. Values int8 and
-int4 take int8 activations (quantised on the fly, one scale for each token and group of at most 64
-columns; an infinite or NaN activation makes every output of its token NaN that keeps a weight in
-its group), or fp32 activations if asked for; and with more than 16 tokens if the layout is one of
-blocks. Where only removed weights meet an infinite or NaN activation, the output may be
+Values fp32, bf16 and fp16 are multiplied with fp32 activations and summed in fp32. Values fp8
+become one of these (`secateur.compile.nearest.widen_fp8`), and so take its memory and its time.
+Values int8 and int4 take int8 activations (quantised on the fly, one scale for each token and group
+of at most 64 columns; an infinite or NaN activation makes every output of its token NaN that keeps
+a weight in its group), or fp32 activations if asked for; and with more than 16 tokens if the layout
+is one of blocks. Where only removed weights meet an infinite or NaN activation, the output may be
 either: some layouts multiply stored zeros.
 """
 
@@ -24,8 +25,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from secateur.compile.nearest import widen_fp8
 from secateur.errors import EnvironmentFault, ModelError, UsageError, did_you_mean
 from secateur.pattern import Pattern
+from secateur.recipe import ValueType
 
 try:
     from secateur.compile import _kernels
@@ -75,7 +78,7 @@ class CpuMatrix:
             ``4:16+rest``.
         value_type: ``fp32``, ``bf16``, ``fp16``, ``int8`` or ``int4``.
         activations: ``fp32`` or ``int8``.
-        why: why a sparse weight is stored dense; None if it is not.
+        why: why a sparse weight is stored dense, and how its values were made from fp8; or None.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ def pack(
     bitmask: np.ndarray[Any, Any] | None,
     shape: tuple[int, int],
     pattern: Pattern,
-    value_type: Values,
+    value_type: ValueType,
     *,
     scales: np.ndarray[Any, Any] | None = None,
     group_size: int | None = None,
@@ -150,13 +153,14 @@ def pack(
 
     Args:
         values: the kept weights row by row: float32, uint16 (the bits of bf16 or fp16), int8, or
-            uint8 (int4: two in a byte, the first in the low nibble).
+            uint8 (int4: two in a byte, the first in the low nibble; fp8: the bits of e4m3fn).
         bitmask: uint8 ``[rows / R, ceil(columns / 8)]``; None: all weights are kept.
         shape: rows and columns.
         pattern: what the mask is; decides the layout.
         value_type: what the values are.
-        scales: fp16 ``[rows, ceil(columns / group_size)]`` of int8 and int4.
-        group_size: 32, 64 or 128 columns.
+        scales: fp16 ``[rows, ceil(columns / group_size)]`` of int8 and int4; fp32 ``[rows, 1]`` of
+            fp8.
+        group_size: 32, 64 or 128 columns; of integers.
         layout: None chooses; "dense" stores zeros, too.
         activations: None: int8 for int8 and int4, else fp32.
 
@@ -166,6 +170,15 @@ def pack(
         UsageError: an unknown layout or activation type.
     """
     native = _native()
+    if value_type == "fp8":
+        assert scales is not None
+        counts = _kept_of_rows(bitmask, shape)
+        values, value_type, made = widen_fp8(values.reshape(-1), counts, scales)
+        matrix = pack(
+            values, bitmask, shape, pattern, value_type, layout=layout, activations=activations
+        )
+        matrix.why = f"{matrix.why}; {made}" if matrix.why else made
+        return matrix
     rows, columns = shape
     integers = value_type in ("int8", "int4")
     activations = activations or ("int8" if integers else "fp32")
@@ -244,6 +257,17 @@ def _choose(
             return _DENSE, f"{shape[1]} columns are too many for an unstructured layout"
         return _Layout("4:16+rest", "nm", 16, 4, True), None
     return _BITMASK, None
+
+
+def _kept_of_rows(
+    bitmask: np.ndarray[Any, Any] | None, shape: tuple[int, int]
+) -> np.ndarray[Any, Any]:
+    """How many weights each row keeps, ``[rows]``."""
+    rows, columns = shape
+    if bitmask is None:
+        return np.full(rows, columns)
+    counts = np.bitwise_count(bitmask).sum(axis=1, dtype=np.int64)
+    return np.repeat(counts, rows // len(bitmask))
 
 
 def _with_zeros(

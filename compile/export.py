@@ -21,23 +21,23 @@ from secateur.compile import compressed_tensors as bitmasks
 from secateur.compile import marlin24
 from secateur.compile.config import LIMITS
 from secateur.compile.export_config import Era, Scales, marlin_config, scheme, sparse_config
-from secateur.compile.export_directory import Export, Values
+from secateur.compile.export_directory import Export
 from secateur.compile.pack import pack_model
 from secateur.compile.quantize import Quantised, rtn
 from secateur.compile.report import PackReport
 from secateur.compile.sources import Source, open_source
 from secateur.compile.values import DTYPES
 from secateur.errors import ModelError, UsageError, did_you_mean
-from secateur.recipe import Calibration
+from secateur.recipe import Calibration, ValueType
 
-_LARGEST: dict[Values, float] = {"fp8": 448.0, "int8": 127.0}
+_LARGEST: dict[ValueType, float] = {"fp8": 448.0, "int8": 127.0}
 
 
 def write_compressed_tensors(
     model: str | Path,
     output: str | Path,
     *,
-    values: Values | None = None,
+    values: ValueType | None = None,
     scales: Scales = "channel",
     era: Era = "0.9",
     overwrite: bool = False,
@@ -45,7 +45,8 @@ def write_compressed_tensors(
     """Write a pruned or packed model, or an orphan, in a sparse form of compressed-tensors.
 
     Args:
-        model: the directory. The integers of a packed model become floats first.
+        model: the directory. The integers and fp8 of a packed model become floats first, but for
+            fp8 that stays fp8 with scales for rows, if the model's type has all of these.
         output: directory to make; it appears whole or not at all.
         values: fp32, bf16 or fp16: convert all floating-point weights; fp8 or int8: round the
             linears of the blocks to nearest, with scales of the model's type (activations are to be
@@ -59,7 +60,7 @@ def write_compressed_tensors(
         ModelError: the model is damaged, has no pruned linear, or a value does not fit.
         UsageError: the output exists, or the arguments do not go together.
     """
-    known: tuple[Values, ...] = (*DTYPES, *_LARGEST)
+    known: tuple[ValueType, ...] = (*DTYPES, *_LARGEST)
     if values is not None and values not in known:
         raise UsageError(
             f"the format compressed-tensors has no values {values!r}", did_you_mean(values, known)
@@ -76,6 +77,10 @@ def write_compressed_tensors(
     two_of_four = all((p.n, p.m) == (2, 4) for p in work.source.patterns.values()) and era != "0.8"
     kind = "sparse-24-bitmask" if two_of_four else "sparse-bitmask"
 
+    keeps = (values, work.source.values, scales) == ("fp8", "fp8", "channel") and all(
+        _kept_fp8(work, name) for name in work.source.layers
+    )
+
     def stored(tensor: str) -> dict[str, torch.Tensor]:
         name, weight = tensor.removesuffix(".weight"), work.load(tensor)
         linear = tensor.endswith(".weight") and name in work.source.layers
@@ -89,7 +94,9 @@ def write_compressed_tensors(
         if linear and name in work.source.patterns:
             mask = work.source.mask(name, weight)
         if linear and values in _LARGEST:
-            weight, beside[".weight_scale"] = round_rows(tensor, weight, values, scales, work.named)
+            found = _kept_fp8(work, name) if keeps else None
+            found = found or round_rows(tensor, weight, values, scales, work.named)
+            weight, beside[".weight_scale"] = found
         if mask is None:
             return {tensor: weight} | {name + end: part for end, part in beside.items()}
         if two_of_four:
@@ -108,14 +115,15 @@ def write_compressed_tensors(
         return sparse_config(kind, era, sparsity, ignored, quantised, everywhere)
 
     recipe = {"values": values, "scales": scales if values in _LARGEST else None, "era": era}
-    return work.write(Path(output), overwrite, recipe, stored, config, "rtn")
+    method = "kept" if keeps else "rtn"
+    return work.write(Path(output), overwrite, recipe, stored, config, method)
 
 
 def write_marlin24(
     model: str | Path,
     output: str | Path,
     *,
-    values: Values | None = None,
+    values: ValueType | None = None,
     scales: Scales = "group",
     quantize: str = "gptq",
     calibration: Calibration | None = None,
@@ -153,7 +161,8 @@ def write_marlin24(
             "add --values int4 or int8",
         )
     staged = Path(f"{output}.integers")
-    if scales == "channel" and (quantize == "gptq" or source.values is not None):
+    integers = source.values in ("int8", "int4")
+    if scales == "channel" and (quantize == "gptq" or integers):
         raise UsageError(
             "one scale for each row is made by rounding the weights of a pruned model to nearest",
             "add --quantize rtn, or use --scales group",
@@ -164,7 +173,8 @@ def write_marlin24(
         pack_model(model, staged, overwrite=True, **options)
         source = open_source(staged, packed=True)
     else:
-        quantize = "rtn" if source.values is None else "kept"
+        quantize = "kept" if integers else "rtn"
+    whole = source.values in ("int8", "int4")
     work, plain = Export(source, "marlin-24", values or source.values), open_source(model, True)
     skipped = {name: why for name in source.layers if (why := _no_marlin(source, name))}
     if skipped.keys() == source.layers.keys():
@@ -176,7 +186,7 @@ def write_marlin24(
         name = tensor.removesuffix(".weight")
         if not tensor.endswith(".weight") or name not in source.layers or name in skipped:
             return {tensor: work.load(tensor, plain)}
-        found = source.integers(name) or _by_row(work, tensor, bits)
+        found = (source.integers(name) if whole else None) or _by_row(work, tensor, bits)
         packed = marlin24.pack(found.values.numpy(), found.scales.numpy(), bits)
         arrays = {".weight_packed": packed.weight, ".meta": packed.meta}
         arrays[".scale_packed"] = packed.scales
@@ -195,7 +205,7 @@ def write_marlin24(
 
 
 def round_rows(
-    tensor: str, weight: torch.Tensor, values: Values, scales: Scales, dtype: torch.dtype
+    tensor: str, weight: torch.Tensor, values: ValueType, scales: Scales, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a weight to int8 or fp8 (e4m3), to nearest, ties to even.
 
@@ -231,6 +241,15 @@ def round_rows(
     return rounded.to(torch.float8_e4m3fn), scale
 
 
+def _kept_fp8(work: Export, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The fp8 of the source as `round_rows` gives it, if the model's type holds its scales."""
+    found = work.source.integers(name)
+    if found is None:
+        return None
+    scale = found.scales.to(work.named)
+    return (found.values, scale) if torch.equal(scale.float(), found.scales) else None
+
+
 def _check_choice(flag: str, chosen: str, choices: tuple[str, ...]) -> None:
     if chosen not in choices:
         raise UsageError(f"--{flag} {chosen!r} is not possible here", f"use {' or '.join(choices)}")
@@ -248,6 +267,6 @@ def _no_marlin(source: Source, name: str) -> str | None:
     pattern = source.patterns.get(name)
     if pattern is None or (pattern.n, pattern.m) != (2, 4):
         return source.kept_dense.get(name) or f"its pattern is {pattern}, not 2:4"
-    if source.values is not None and not source.decoded(name + ".weight"):
+    if source.values in ("int8", "int4") and not source.decoded(name + ".weight"):
         return "it is not quantised"
     return marlin24.obstacle(*source.layers[name].shape)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,8 +21,6 @@ from secateur.errors import ModelError
 from secateur.model import StreamedModel
 from secateur.recipe import ValueType
 
-Values = ValueType | Literal["fp8"]
-
 
 @dataclass
 class Export:
@@ -30,7 +28,7 @@ class Export:
 
     source: Source
     format: str
-    values: Values | None
+    values: ValueType | None
     reports: dict[str, LayerReport] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)  # of the weights as they are stored
 
@@ -48,7 +46,7 @@ class Export:
     @property
     def floats(self) -> ValueType | None:
         """The type that floating-point weights are converted to, if any."""
-        return None if self.values in (None, "fp8", *LIMITS) else self.values  # type: ignore[return-value]
+        return None if self.values in LIMITS else self.values
 
     def note(
         self, name: str, dense_bytes: int, parts: Mapping[str, torch.Tensor], kept: int

@@ -31,11 +31,11 @@ class Format:
 
 FORMATS = {
     "packed": Format(
-        "bitmask + kept values, also as int8 or int4, in a Hugging Face directory; opens with "
+        "bitmask + kept values, also as int8, int4 or fp8, in a Hugging Face directory; opens with "
         "transformers",
         pack_model,
         frozenset({"group_size"}),
-        ("int8", "int4"),
+        ("int8", "int4", "fp8"),
     ),
     "dense": Format(
         "plain Hugging Face weights in another value type: the control, and the way back",

@@ -1,17 +1,19 @@
-"""Rounding dense weights to integers with group scales as they are loaded, without torch.
+"""The types that weights are multiplied in, found as they are loaded, without torch.
 
-The same numbers as `secateur.compile.quantize.rtn`, which is the one to read.
+`round_to_nearest` makes the numbers of `secateur.compile.quantize.rtn`, which is the one to read.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from secateur.compile import e4m3
 from secateur.errors import ModelError
 
 Array = np.ndarray[Any, Any]
+FloatType = Literal["fp32", "bf16", "fp16"]
 
 _ROWS = 64  # at a time: what is computed between stays in the cache
 
@@ -53,6 +55,42 @@ def pack_nibbles(values: Array) -> Array:
     even = np.append(values, np.zeros(values.size % 2, np.int8)).view(np.uint8) & 15
     packed: Array = even[0::2] | even[1::2] << 4
     return packed
+
+
+def narrowest(values: Array) -> tuple[Array, FloatType]:
+    """fp32 values as bits of bf16 or fp16, if all of them are such numbers; else as they are."""
+    flat = values.reshape(-1)
+    if not any((some.view(np.uint32) & 0xFFFF).any() for some in (flat[:4096], flat)):
+        return (values.view(np.uint32) >> 16).astype(np.uint16), "bf16"
+    with np.errstate(over="ignore"):
+        for some in (flat[:4096], flat):  # the first few say no almost always
+            half = some.astype(np.float16)
+            if not np.array_equal(half.astype(np.float32).view(np.uint32), some.view(np.uint32)):
+                return values, "fp32"
+    return half.reshape(values.shape).view(np.uint16), "fp16"
+
+
+def widen_fp8(values: Array, counts: Array, scales: Array) -> tuple[Array, FloatType, str]:
+    """fp8 values times the scales of their rows, in the narrowest type of floats that serves.
+
+    Args:
+        values, counts, scales: as of `e4m3.row_products`.
+
+    Returns:
+        The products ``[kept]`` as `narrowest` gives them, if bf16 or fp16 holds all of them, as of
+        the scales that `secateur compile` chooses; else rounded to fp16 unless that costs more than
+        its usual 2^-11 (of the norm); else in fp32. Their type, and in words what was done.
+    """
+    products = e4m3.row_products(values, counts, scales)
+    found, kind = narrowest(products)
+    if kind != "fp32":
+        return found, kind, "fp8 values times the scales of their rows, exactly"
+    with np.errstate(over="ignore", invalid="ignore"):
+        half, peak = products.astype(np.float16), np.abs(products).max()
+        lost = np.linalg.norm((half.astype(np.float32) - products) / peak)
+        if lost <= 2**-11 * np.linalg.norm(products / peak):
+            found, kind = half.view(np.uint16), "fp16"
+    return found, kind, f"fp8 values times the scales of their rows, rounded once, to {kind}"
 
 
 def _scale_above(largest: Array, limit: int) -> Array:

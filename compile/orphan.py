@@ -23,6 +23,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.compile import compressed_tensors as bitmasks
 from secateur.compile import marlin24
 from secateur.compile.config import LIMITS
+from secateur.compile.e4m3 import LARGEST_SCALE
 from secateur.compile.quantize import Quantised
 from secateur.errors import ModelError
 from secateur.orphans import compression_of, recognise, without_compression
@@ -186,14 +187,16 @@ class OrphanCheckpoint(Checkpoint):
         return _is_quantised(self._of(name))
 
     def integers(self, name: str) -> Quantised | str:
-        """A weight of integers as a packed model holds them, if nothing has to be rounded.
+        """A weight of integers or fp8 as a packed model holds it, if nothing has to be rounded.
 
         Returns:
-            Values of -127 to 127 with a scale in fp16 for each 128 columns; or why not.
+            Values of -127 to 127 with a scale in fp16 for each 128 columns, or of e4m3fn with one
+            in fp32 for each row; or why not.
         """
         found = self.scaled(name)
-        if found is None or found.values.dtype != torch.int8:
-            return "its values are fp8"
+        assert found is not None
+        if found.values.dtype != torch.int8:
+            return _fp8(found)
         if found.zeros is not None and bool((found.zeros != 0).any()):
             return "its integers are not symmetric"
         if int(found.values.min()) < -LIMITS["int8"]:
@@ -259,6 +262,23 @@ class OrphanCheckpoint(Checkpoint):
             raise ModelError(what, _GET_AGAIN) from fault
         scaled = torch.from_numpy(values), torch.from_numpy(wide)
         return Scaled(scaled[0], _matrix(stored.ends[ends[2]], scaled[1], values.shape))
+
+
+def _fp8(found: Scaled) -> Quantised | str:
+    """A weight of fp8 with a scale for each row, or why it has no such form."""
+    scales, columns = found.scales.float(), found.values.shape[1]
+    if found.values.dtype != torch.float8_e4m3fn:
+        return "its values are of e5m2, and packed fp8 is e4m3"
+    if found.zeros is not None and bool((found.zeros != 0).any()):
+        return "its values are not symmetric"
+    if (count := scales.shape[1]) > 1:
+        return f"each {columns // count} columns have a scale, and packed fp8 has one for a row"
+    if bool((scales.to(found.scales.dtype) != found.scales).any()):
+        return "its scales are no numbers of fp32"
+    if bool(scales.signbit().any()) or float(scales.max()) > LARGEST_SCALE:
+        return "its scales are negative or above 2^119"
+    rows = found.values.shape[0] // scales.shape[0]
+    return Quantised(found.values, scales.repeat_interleave(rows, dim=0), columns)
 
 
 def _is_quantised(stored: _Stored) -> bool:

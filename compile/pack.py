@@ -53,11 +53,11 @@ def pack_model(
             patterns are those of its zeros.
         output: directory to make; it appears whole or not at all.
         values: fp32, bf16, fp16: convert all floating-point weights of the model to this type;
-            int8, int4: quantise; None: leave the weights as they are. Integers of an orphan stay
-            integers if none has to be rounded; else, and if they are fp8, their products with the
-            scales become the type that its config names.
+            int8, int4, fp8: quantise; None: leave the weights as they are. Integers and fp8 of an
+            orphan stay what they are if none has to be rounded; else their products with the scales
+            become the type that its config names.
         group_size: int8, int4: columns that share a scale: 32, 64 or 128.
-        quantize: int8, int4: gptq, or rtn (round to nearest).
+        quantize: int8, int4, fp8: gptq, or rtn (round to nearest).
         calibration: the text that gptq reads; None: that of the pruning, if it is at hand, else
             'self'. rtn reads one only to measure its errors; None: it measures none.
         device: where gptq computes: auto, cpu, cuda or cuda:N.
@@ -127,11 +127,12 @@ def recorded(
 
     Args:
         settings, calibration: as of the command.
-        keep: the integers are those of the source.
+        keep: the values are those of the source.
     """
     kept: dict[str, Any] = {"format": "packed", "values": settings.values}
     if settings.values in LIMITS:
-        kept |= {"group_size": settings.group_size, "quantize": settings.quantize}
+        grouped = {} if settings.values == "fp8" else {"group_size": settings.group_size}
+        kept |= grouped | {"quantize": settings.quantize}
         kept |= {"calibration": calibration.model_dump() if calibration else None}
     return kept | {"quantize": "kept"} if keep else kept
 
@@ -150,7 +151,8 @@ class _Packer:
         self.quantizer: Quantizer | None = None
         self.blocks: Blocks | None = None
         if values in LIMITS:
-            self.quantizer = Quantizer(values, settings.group_size, settings.quantize)
+            size = None if values == "fp8" else settings.group_size
+            self.quantizer = Quantizer(values, size, settings.quantize)
         self.layers: dict[str, PackedLayer] = {}
         self.reports: dict[str, LayerReport] = {}
         self.facts = dict(source.layers)
@@ -231,7 +233,7 @@ class _Packer:
         return tensors
 
     def _pack_integers(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of a linear with integer values: from the walk, or rounded here."""
+        """The tensors of a linear with scales: from the walk, or rounded here."""
         assert self.quantizer is not None
         if self.blocks is not None:
             solved = self.blocks.load(name)
@@ -244,7 +246,7 @@ class _Packer:
         return solved.tensors
 
     def _keep_integers(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a linear whose integers and scales are those of the source."""
+        """The tensors of a linear whose values and scales are those of the source."""
         assert self.values is not None
         found = self.source.integers(name)
         assert found is not None
@@ -299,11 +301,10 @@ class _Packer:
     def report(self, output: Path) -> PackReport:
         """Sizes of everything."""
         assert self.value_type is not None
-        quantised = self.quantizer is not None
         return PackReport(
             output=str(output),
             values=self.value_type,
-            group_size=self.settings.group_size if quantised else None,
+            group_size=self.quantizer.group_size if self.quantizer else None,
             quantize=self._method(),
             calibration=self.calibration,
             calibration_tokens=self.blocks.tokens if self.blocks else None,

@@ -5,7 +5,8 @@ A linear P of shape ``[rows, columns]`` is up to three tensors instead of ``P.we
     P.weight_bitmask   uint8 [rows / R, ceil(columns / 8)]    R = block height of its pattern
     P.weight_values    [rows, per_row], or [kept] if the rows keep unequal numbers;
                        int4: uint8 [ceil(kept / 2)]
-    P.weight_scales    fp16 [rows, ceil(columns / G)], of int8 and int4 only
+    P.weight_scales    fp16 [rows, ceil(columns / G)], of int8 and int4;
+                       fp32 [rows, 1], of fp8
 
 and everything else is as usual. ``config.json`` says under ``quantization_config`` what each P
 holds (`secateur.compile.config`), so that shapes are known before a tensor is read.
@@ -68,9 +69,9 @@ def encode_integers(
     """Pack one quantised linear.
 
     Args:
-        weight: its integers and scales, on the CPU.
+        weight: its values and scales, on the CPU.
         mask, pattern: as of `encode`.
-        values: int8 or int4.
+        values: int8, int4 or fp8.
 
     Returns:
         Its entry in ``quantization_config``, and its tensors by the end of their names.
@@ -78,6 +79,8 @@ def encode_integers(
     layer, bitmask, integers = encode(weight.values, mask, pattern)
     if values == "int4":
         integers = pack_nibbles(integers.flatten())
+    elif values == "fp8":
+        integers = integers.view(torch.uint8)
     tensors = {BITMASK: bitmask, VALUES: integers, SCALES: weight.scales}
     if pattern.is_dense:
         del tensors[BITMASK]
@@ -112,23 +115,29 @@ def decode(
     """The dense weight ``[rows, columns]`` of the linear ``name``; removed positions are +0.0.
 
     Args:
-        bitmask, values, scales: as stored; scales of integer values only.
-        group_size: columns that share a scale.
-        dtype: type of the result. None: that of the values; of integers fp32, which holds value
-            times scale exactly. Another type is rounded to once, to nearest even.
+        bitmask, values, scales: as stored; scales of integer and fp8 values only.
+        group_size: columns that share a scale, of integers; of fp8 None.
+        dtype: type of the result. None: that of the values; of integers and fp8 fp32, to which
+            value times scale is rounded (of integers, and with the scales that `secateur compile`
+            chooses, exactly). Another type is rounded to from there, to nearest even.
 
     Raises:
         ModelError: names the tensor that is not as its entry says.
     """
-    if scales is None or group_size is None:
+    if scales is None:
         stored.check_shape(name + VALUES, values.shape, layer.values_shape)
         mask = decode_mask(name, layer, bitmask).to(values.device)
         return expand(values, mask).to(dtype or values.dtype)
-    integers = stored.integers_of(name, layer, values.cpu().numpy())
-    stored.check_scales(name, layer, scales.cpu().numpy(), group_size)
-    mask = decode_mask(name, layer, bitmask).to(values.device)
-    whole = expand(torch.from_numpy(integers).to(values.device), mask)
-    return scaled(whole, scales, group_size).to(dtype or torch.float32)
+    found = values.cpu().numpy()
+    if group_size is None:
+        stored.check_fp8(name, layer, found, scales.cpu().numpy())
+        kept = values.view(torch.float8_e4m3fn)
+    else:
+        integers = stored.integers_of(name, layer, found)
+        stored.check_scales(name, layer, scales.cpu().numpy(), group_size)
+        kept = torch.from_numpy(integers).to(values.device)
+    whole = expand(kept, decode_mask(name, layer, bitmask).to(values.device))
+    return scaled(whole, scales, group_size or layer.shape[1]).to(dtype or torch.float32)
 
 
 def pieces(
@@ -150,6 +159,7 @@ def pieces(
     kind: ValueType
     if scales is not None:
         kind = "int8" if values.dtype == torch.int8 else "int4"
+        kind = kind if group_size else "fp8"
     else:
         kind = VALUE_TYPES[values.dtype]
         values = values if kind == "fp32" else values.view(torch.uint16)
@@ -216,13 +226,15 @@ class PackedModel:
         return self.checkpoint.load(tensor)
 
     def integers(self, name: str) -> Quantised:
-        """The integers and scales of the packed linear ``name``, of int8 and int4 values."""
-        found, size = self.pieces(name), self.config.group_size
+        """The values and scales of the packed linear ``name``, of int8, int4 and fp8."""
+        found = self.pieces(name)
         assert found.scales is not None
-        assert size is not None
-        kept = torch.from_numpy(stored.integers_of(name, found.layer, found.values))
-        values = expand(kept, self.mask(name))
-        return Quantised(values, torch.from_numpy(found.scales), size)
+        if found.value_type == "fp8":
+            kept = torch.from_numpy(found.values).view(torch.float8_e4m3fn)
+        else:
+            kept = torch.from_numpy(stored.integers_of(name, found.layer, found.values))
+        size = self.config.group_size or found.layer.shape[1]
+        return Quantised(expand(kept, self.mask(name)), torch.from_numpy(found.scales), size)
 
     def pieces(self, name: str) -> Pieces:
         """The packed linear ``name`` as it is stored, with every check of `load`."""
@@ -272,7 +284,7 @@ class PackedCheckpoint(Checkpoint):
         return sum(stored.nbytes(part) for part in self._stored(name))
 
     def decoded(self, name: str) -> bool:
-        """Whether a tensor is stored as integers, and loaded as fp32."""
+        """Whether a tensor is stored with scales, and loaded as fp32."""
         return self.packed.config.values in LIMITS and self._stored(name) != [name]
 
     def load(self, name: str) -> torch.Tensor:

@@ -1,8 +1,12 @@
-"""Integer values with group scales: rounding to nearest, and GPTQ on the kept weights.
+"""Integers with group scales, and fp8: rounding to nearest, and GPTQ on the kept weights.
 
 A row's weights in G consecutive columns share one scale s, and a weight w becomes the integer
 
     q = clamp(round(w / s), -limit, limit)        limit = 127 (int8) or 7 (int4), ties to even
+
+fp8 is limit = 448: q is the nearest number of e4m3fn, which has its own exponent, so that one scale
+serves a whole row. That scale is a power of two: e4m3fn rounds no worse for it, and the product of
+value and scale is exact in fp32 and bf16.
 
 `gptq` is algorithm 1 of Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for
 Generative Pre-trained Transformers":
@@ -29,6 +33,7 @@ from dataclasses import dataclass
 
 import torch
 
+from secateur.compile.e4m3 import LARGEST, LARGEST_SCALE
 from secateur.errors import ModelError
 from secateur.gram import inverse_factor
 
@@ -43,12 +48,12 @@ _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A matrix as integers and scales.
+    """A matrix as integers or fp8, and scales.
 
     Attributes:
-        values: int8 ``[rows, columns]``, 0 where a weight is removed.
-        scales: fp16 ``[rows, ceil(columns / group_size)]``, not negative.
-        group_size: columns that share a scale; the last group may be shorter.
+        values: int8 or float8_e4m3fn ``[rows, columns]``, 0 where a weight is removed.
+        scales: fp16 ``[rows, ceil(columns / group_size)]``, of fp8 fp32; not negative.
+        group_size: columns that share a scale; the last group may be shorter. Of fp8: all.
         damping_retries: how often gptq raised λ.
     """
 
@@ -58,25 +63,33 @@ class Quantised:
     damping_retries: int = 0
 
     def dense(self) -> torch.Tensor:
-        """fp32 ``[rows, columns]``: each value times its scale, exactly."""
+        """fp32 ``[rows, columns]``: each value times its scale, as of `scaled`."""
         return scaled(self.values, self.scales, self.group_size)
 
 
 def scaled(values: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Integers ``[rows, columns]`` times the scales of their groups: fp32, exact."""
+    """Values ``[rows, columns]`` times the scales of their groups: fp32.
+
+    Exactly of integers, and of fp8 with the scales of `scale_above`; else rounded once.
+    """
     wide = scales.float().repeat_interleave(group_size, dim=1)
     return values.float() * wide[:, : values.shape[1]]
 
 
 def scale_above(largest: torch.Tensor, limit: int) -> torch.Tensor:
-    """The smallest fp16 number s with s · limit ≥ ``largest``: nothing clips.
+    """The smallest s with s · limit ≥ ``largest``: nothing clips.
 
     Args:
         largest: fp32, not negative.
 
+    Returns:
+        Numbers of fp16; for fp8 powers of two of at least 2^-126 in fp32, or 0 for 0.
+
     Raises:
         ModelError: there is none, as a weight is too large.
     """
+    if limit == LARGEST:
+        return _power_above(largest)
     scale = (largest / limit).half()
     # The product is exact: 11 bits times 7. The next number up, by its bits.
     low = scale.float() * limit < largest
@@ -89,10 +102,31 @@ def scale_above(largest: torch.Tensor, limit: int) -> torch.Tensor:
     return scale
 
 
+def _power_above(largest: torch.Tensor) -> torch.Tensor:
+    """`scale_above` for fp8."""
+    exponent = torch.frexp(largest / LARGEST).exponent.clamp(min=-125)
+    scale = torch.ldexp(torch.ones_like(largest), exponent - 1)
+    scale = torch.where(scale * LARGEST < largest, 2 * scale, scale).where(largest > 0, 0)
+    if not bool((scale <= LARGEST_SCALE).all()):
+        raise ModelError(
+            f"a weight of {float(largest.max()):g} is too large for fp8",
+            "use --values bf16, which has the range of fp32",
+        )
+    return scale
+
+
 def rounded(weight: torch.Tensor, scale: torch.Tensor, limit: int) -> torch.Tensor:
-    """The integers of weights, as fp32; ``scale`` fp16 broadcasts, and 0 makes them 0."""
+    """The integers or fp8 numbers of weights, as fp32; ``scale`` broadcasts, and 0 makes them 0."""
     wide = scale.float()
-    return torch.where(wide > 0, weight / wide, 0).round().clamp_(-limit, limit)
+    found = torch.where(wide > 0, weight / wide, 0)
+    if limit == LARGEST:
+        return found.clamp_(-limit, limit).to(torch.float8_e4m3fn).float()
+    return found.round().clamp_(-limit, limit)
+
+
+def _stored(limit: int) -> torch.dtype:
+    """The type of values."""
+    return torch.float8_e4m3fn if limit == LARGEST else torch.int8
 
 
 def rtn(weight: torch.Tensor, mask: torch.Tensor, limit: int, group_size: int) -> Quantised:
@@ -101,7 +135,7 @@ def rtn(weight: torch.Tensor, mask: torch.Tensor, limit: int, group_size: int) -
     Args:
         weight: fp32 ``[rows, columns]``.
         mask: bool ``[rows, columns]``, True = kept.
-        limit: the largest integer.
+        limit: the largest value; 448: of fp8.
         group_size: columns that share a scale.
 
     Raises:
@@ -111,7 +145,7 @@ def rtn(weight: torch.Tensor, mask: torch.Tensor, limit: int, group_size: int) -
     kept = torch.nn.functional.pad(weight.where(mask, 0), (0, -columns % group_size))
     groups = kept.view(rows, -1, group_size)
     scales = scale_above(groups.abs().amax(dim=2), limit)
-    values = rounded(groups, scales[:, :, None], limit).to(torch.int8)
+    values = rounded(groups, scales[:, :, None], limit).to(_stored(limit))
     return Quantised(values.view(rows, -1)[:, :columns].contiguous(), scales, group_size)
 
 
@@ -128,7 +162,7 @@ def gptq(
     """Quantise the kept weights, later ones of a row making up for the rounding of earlier ones.
 
     Args:
-        weight, mask, limit, group_size: as of `rtn`; the group size divides 128.
+        weight, mask, limit, group_size: as of `rtn`; the group size divides 128, or is a row's.
         gram: fp32 ``[columns, columns]``, Σ x xᵀ of the inputs.
         factor: U and the retries of `secateur.gram.inverse_factor`, if they are known already.
         shrink: scales to try, relative to the smallest that clips nothing; a row takes for each
@@ -144,7 +178,7 @@ def gptq(
     # Transposed, so that a column lies in one piece.
     left, kept = weight.where(mask, 0).t().contiguous(), mask.t().contiguous()
     importance = gram.diagonal()
-    values = torch.zeros(columns, rows, dtype=torch.int8, device=weight.device)
+    values = torch.zeros(columns, rows, dtype=_stored(limit), device=weight.device)
     scales = []
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
@@ -156,7 +190,7 @@ def gptq(
                 scales.append(_best_scale(own, importance[group], limit, tries))
             present = left[j].where(kept[j], 0)
             integers = rounded(present, scales[-1], limit)
-            values[j] = integers.to(torch.int8)
+            values[j] = integers.to(values.dtype)
             error = (present - integers * scales[-1].float()) / upper[j, j]
             left[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
             errors[j - start] = error
@@ -183,22 +217,45 @@ def _best_scale(
     return best
 
 
-def activation_error(weight: torch.Tensor, inputs: torch.Tensor, group_size: int) -> float:
-    """What rounding the inputs to int8 adds to the error of the outputs: ‖W(X - X̂)‖ / ‖WX‖.
+def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs in fp8 with a scale for each token, amax / 448, as kernels that multiply fp8 do.
 
-    Each token's inputs are rounded in groups of ``min(group_size, 64)``, symmetrically, with the
-    scale amax / 127, as kernels do that multiply integers.
+    Args:
+        x: ``[tokens, columns]``, of any float type.
+
+    Returns:
+        float8_e4m3fn ``[tokens, columns]`` and fp32 ``[tokens, 1]``, 1 for a token of zeros.
+    """
+    wide = x.float()
+    scale = wide.abs().amax(dim=1, keepdim=True) / LARGEST
+    scale = torch.where(scale > 0, scale, 1)
+    return (wide / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+
+
+def _round_groups(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Inputs ``[tokens, columns]`` in int8 with a scale for each group, amax / 127: fp32."""
+    tokens, columns = x.shape
+    padded = torch.nn.functional.pad(x, (0, -columns % size)).view(tokens, -1, size)
+    scale = padded.abs().amax(dim=2, keepdim=True) / 127
+    whole = torch.where(scale > 0, padded / scale, 0).round().clamp_(-127, 127)
+    return (whole * scale).view(tokens, -1)[:, :columns]
+
+
+def activation_error(weight: torch.Tensor, inputs: torch.Tensor, group_size: int | None) -> float:
+    """What rounding the inputs to 8 bits adds to the error of the outputs: ‖W(X - X̂)‖ / ‖WX‖.
 
     Args:
         weight: fp32 ``[out, in]``, quantised or not.
         inputs: fp32 ``[tokens, in]``.
+        group_size: each token's inputs are rounded to int8, symmetrically, in groups of
+            ``min(group_size, 64)``, as kernels do that multiply integers; None: to fp8, as of
+            `round_tokens`.
     """
-    size = min(group_size, 64)
-    tokens, columns = inputs.shape
-    padded = torch.nn.functional.pad(inputs, (0, -columns % size)).view(tokens, -1, size)
-    scale = padded.abs().amax(dim=2, keepdim=True) / 127
-    whole = torch.where(scale > 0, padded / scale, 0).round().clamp_(-127, 127)
-    lost = (padded - whole * scale).view(tokens, -1)[:, :columns]
+    if group_size is None:
+        values, scale = round_tokens(inputs)
+        lost = inputs - values.float() * scale
+    else:
+        lost = inputs - _round_groups(inputs, min(group_size, 64))
     power = (inputs @ weight.t()).double().square().sum()
     if not power > 0:
         return 0.0

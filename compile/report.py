@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel
 
 from secateur.recipe import Calibration, ValueType
@@ -15,9 +13,9 @@ class LayerReport(BaseModel):
     Attributes:
         dense_bytes: of all its weights in the same value type, with their scales.
         packed_bytes: as stored.
-        quantization_error: ‖(W - Ŵ)X‖² / ‖WX‖², W being the pruned weight, Ŵ the integers and X
-            the calibration inputs; None if not measured.
-        activation_error: ‖Ŵ(X - X̂)‖ / ‖ŴX‖ for inputs X̂ in int8; None if not measured.
+        quantization_error: ‖(W - Ŵ)X‖² / ‖WX‖², W being the pruned weight, Ŵ the values
+            times their scales and X the calibration inputs; None if not measured.
+        activation_error: ‖Ŵ(X - X̂)‖ / ‖ŴX‖ for inputs X̂ in 8 bits; None if not measured.
     """
 
     shape: tuple[int, int]
@@ -36,8 +34,8 @@ class PackReport(BaseModel):
     Attributes:
         output: the directory.
         values: type of the stored weights; None: as they were.
-        group_size, quantize: of int8 and int4: columns that share a scale, and the method;
-            "kept": the integers are those of the source.
+        group_size: of int8 and int4: columns that share a scale.
+        quantize: of int8, int4 and fp8: the method; "kept": the values are those of the source.
         calibration, calibration_tokens: the text that was asked for, and how much of it there was;
             None if none was read.
         layers: the packed linears by module name.
@@ -52,7 +50,7 @@ class PackReport(BaseModel):
 
     output: str
     format: str = "packed"
-    values: ValueType | Literal["fp8"] | None
+    values: ValueType | None
     group_size: int | None = None
     quantize: str | None = None
     calibration: Calibration | None = None

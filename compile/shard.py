@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from secateur.bits import unpack_bits
+from secateur.compile import e4m3
 from secateur.compile.config import GROUP_SIZES, PackedLayer
 from secateur.compile.stored import Array, Bools, Pieces, unpack_nibbles
 
@@ -60,6 +61,8 @@ def cut(pieces: Pieces, rows: range, columns: range) -> Pieces:
         finer = _group_size(size, columns.start)
         of_column = np.arange(columns.start, columns.stop, finer) // size
         scales, size = pieces.scales[rows.start : rows.stop, of_column], finer
+    elif pieces.scales is not None:
+        scales = pieces.scales[rows.start : rows.stop]
     bits = None
     if pieces.bitmask is not None:
         bits = np.packbits(here[::height], axis=1, bitorder="little")
@@ -101,6 +104,9 @@ def dense(pieces: Pieces) -> np.ndarray[Any, np.dtype[np.float32]]:
         values = (values.astype(np.uint32) << 16).view(np.float32)
     elif pieces.value_type == "fp16":
         values = values.view(np.float16)
+    elif pieces.value_type == "fp8":
+        assert pieces.scales is not None
+        values = e4m3.row_products(values, np.count_nonzero(mask, axis=1), pieces.scales)
     weight = np.zeros(mask.shape, np.float32)
     weight[mask] = values
     if pieces.scales is not None and pieces.group_size is not None:

@@ -44,7 +44,7 @@ class Source(ABC):
         notes: what to tell about it.
         seed, recipe: how it was pruned, as far as that is known.
         values: int8 or int4 if all quantised linears can be stored as such without rounding, with a
-            scale for each 128 columns; see `integers`.
+            scale for each 128 columns; fp8 likewise, with one for each row; see `integers`.
         loss: why they cannot, if there are any.
     """
 
@@ -74,7 +74,7 @@ class Source(ABC):
         """
 
     def integers(self, name: str) -> Quantised | None:
-        """The integers of a linear, if `values` is set; None if it has none."""
+        """The integers or fp8 of a linear, if `values` is set; None if it has none."""
         return None
 
     def decoded(self, tensor: str) -> bool:
@@ -180,20 +180,29 @@ class ZerosSource(Source):
         self._settle_integers([name for name in linears if orphan.decoded(name + ".weight")])
 
     def _settle_integers(self, quantised: list[str]) -> None:
-        """Find out whether all integers can be kept, and as which."""
-        limit, obstacles, four = 0, [], False
+        """Find out whether all integers or fp8 can be kept, and as which."""
+        limit, obstacles, four, fp8 = 0, [], False, 0
         for name in quantised:
             found = self.orphan.integers(name + ".weight")
             if isinstance(found, str):
                 obstacles.append(f"{name}: {found}")
+            elif found.values.is_floating_point():
+                fp8 += 1
             else:
                 limit = max(limit, int(found.values.abs().max()))
                 four |= int(found.values.min()) == -LIMITS["int4"] - 1
         if obstacles:
             self.loss = (
-                f"{len(obstacles)} of {len(quantised)} quantised linears have no form of packed "
-                f"integers, so all became floats; the first is {obstacles[0]}"
+                f"{len(obstacles)} of {len(quantised)} quantised linears have no packed form with "
+                f"scales, so all became floats; the first is {obstacles[0]}"
             )
+        elif 0 < fp8 < len(quantised):
+            self.loss = (
+                f"{fp8} of {len(quantised)} quantised linears are fp8 and the others integers, so "
+                "all became floats: packed values are of one type"
+            )
+        elif fp8:
+            self.values = "fp8"
         elif quantised:
             self.values = "int4" if limit <= LIMITS["int4"] else "int8"
             if limit == LIMITS["int4"] + 1 and four:
@@ -268,6 +277,8 @@ class PackedSource(Source):
         }
         config = self.packed.config
         self.values = config.values if config.group_size == GROUP else None
+        if config.values == "fp8":
+            self.values = "fp8"
 
     def mask(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The stored mask."""

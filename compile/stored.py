@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from secateur.bits import unpack_bits
+from secateur.compile import e4m3
 from secateur.compile.config import (
     BITMASK,
     LIMITS,
@@ -38,10 +39,12 @@ class Pieces:
         layer: its pattern and shape.
         bitmask: uint8 ``[rows / R, ceil(columns / 8)]``; None if the pattern is dense.
         values: ``[rows, per_row]`` or ``[kept]``: float32, uint16 (the bits of bf16 or fp16) or
-            int8 of -127 to 127; of int4 uint8 ``[ceil(kept / 2)]``, two values of -7 to 7 a byte.
-        scales: float16 ``[rows, ceil(columns / group_size)]``; None if the values are not integer.
+            int8 of -127 to 127; of int4 uint8 ``[ceil(kept / 2)]``, two values of -7 to 7 a byte;
+            of fp8 uint8, the bits of e4m3fn.
+        scales: float16 ``[rows, ceil(columns / group_size)]`` of integers; float32 ``[rows, 1]`` of
+            fp8; else None.
         value_type: which type the values are.
-        group_size: columns that share a scale, or None.
+        group_size: columns that share a scale, of integers; else None.
     """
 
     layer: PackedLayer
@@ -73,6 +76,8 @@ def pieces(
     if scales is not None and group_size is not None:
         integers_of(name, layer, values)
         check_scales(name, layer, scales, group_size)
+    elif scales is not None:
+        check_fp8(name, layer, values, scales)
     else:
         check_shape(name + VALUES, values.shape, layer.values_shape)
     return Pieces(layer, bitmask, values, scales, value_type, group_size)
@@ -135,11 +140,38 @@ def unpack_nibbles(nibbles: Array, count: int) -> Array:
 
 
 def check_scales(name: str, layer: PackedLayer, scales: Array, group_size: int) -> None:
-    """Refuse scales of another shape or type, and negative or infinite ones."""
+    """Refuse scales of integers of another shape or type, and negative or infinite ones."""
     tensor = name + SCALES
     check_shape(tensor, scales.shape, (layer.shape[0], -(-layer.shape[1] // group_size)))
     if scales.dtype != np.float16:
         raise inconsistent(tensor, f"type {scales.dtype}, not float16")
+    _check_signs(tensor, scales)
+
+
+def check_fp8(name: str, layer: PackedLayer, values: Array, scales: Array) -> None:
+    """Refuse fp8 values that are NaN, and scales that are not, or whose products are not, finite.
+
+    Args:
+        values: uint8, the bits of e4m3fn.
+        scales: one for each row.
+
+    Raises:
+        ModelError: names the tensor, and the first value or scale that is wrong.
+    """
+    check_shape(name + VALUES, values.shape, layer.values_shape)
+    if (wrong := e4m3.is_nan(values.reshape(-1))).any():
+        raise inconsistent(name + VALUES, f"value {int(wrong.argmax())} is NaN")
+    tensor = name + SCALES
+    check_shape(tensor, scales.shape, (layer.shape[0], 1))
+    if scales.dtype != np.float32:
+        raise inconsistent(tensor, f"type {scales.dtype}, not float32")
+    _check_signs(tensor, scales)
+    if float(scales.max(initial=0)) > e4m3.LARGEST_SCALE:
+        raise inconsistent(tensor, f"the scale of row {int(scales.argmax())} is above 2^119")
+
+
+def _check_signs(tensor: str, scales: Array) -> None:
+    """Refuse negative, infinite and NaN scales."""
     if (wrong := ~np.isfinite(scales) | np.signbit(scales)).any():
         row, group = (int(i) for i in np.argwhere(wrong)[0])
         found = float(scales[row, group])

@@ -6,7 +6,8 @@ dense copy. Where that cannot be, the module computes with a dense copy in torch
 counts all of them, with the reasons.
 
     SECATEUR_KERNELS=off        always the dense copy
-    SECATEUR_ACTIVATIONS=fp32   no int8 activations with int8 and int4 values, on a CPU
+    SECATEUR_ACTIVATIONS=fp32   activations are not rounded: to int8 with int8 and int4 values, on a
+                                CPU; to fp8 with fp8 values, on a GPU
     SECATEUR_CROSSOVER=…        see `secateur.compile.gpu.crossover`
 """
 
@@ -40,11 +41,13 @@ class SparseLinear(torch.nn.Module):
 
     Attributes:
         weight_bitmask: uint8 ``[rows / R, ceil(columns / 8)]``; None if no weight was removed.
-        weight_values: ``[rows, per_row]`` or ``[kept]``; of int4 uint8 ``[ceil(kept / 2)]``.
-        weight_scales: fp16 ``[rows, ceil(columns / group_size)]`` of integer values, else None.
-            Casting the model leaves it as it is.
-        value_type, group_size: of integer values, else None.
-        dtype: of the dense weight, if the values are integers.
+        weight_values: ``[rows, per_row]`` or ``[kept]``; of int4 uint8 ``[ceil(kept / 2)]``; of fp8
+            uint8, the bits.
+        weight_scales: fp16 ``[rows, ceil(columns / group_size)]`` of integer values, fp32
+            ``[rows, 1]`` of fp8, else None. Casting the model leaves it as it is.
+        value_type: int8, int4 or fp8, else None.
+        group_size: of integer values, else None.
+        dtype: of the dense weight, if there are scales.
         bias: ``[rows]`` or None.
         weight: the dense copy ``[rows, columns]``, not saved; None where the kernels compute.
         matrix: the weight in a layout; None where the dense copy computes.
@@ -81,10 +84,12 @@ class SparseLinear(torch.nn.Module):
         # Which tensors there are, and their shapes: as in a file of this layer alone.
         config = PackedConfig.of(value_type or "fp32", group_size, {name: layer})
         shapes = {tensor: shape for tensor, (_, shape) in config.stored(name).items()}
-        kind = {"int8": torch.int8, "int4": torch.uint8}.get(value_type or "", dtype)
+        bytewise = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.uint8}
+        kind = bytewise.get(value_type or "", dtype)
         values = torch.empty(shapes[name + VALUES], dtype=kind, device=device)
         self.weight_values = torch.nn.Parameter(values, requires_grad=False)
-        for end, kind in ((BITMASK, torch.uint8), (SCALES, torch.float16)):
+        scale = torch.float32 if value_type == "fp8" else torch.float16
+        for end, kind in ((BITMASK, torch.uint8), (SCALES, scale)):
             shape = shapes.get(name + end)
             held = None if shape is None else torch.empty(shape, dtype=kind, device=device)
             self.register_buffer(end.removeprefix("."), held)
@@ -184,7 +189,8 @@ class SparseLinear(torch.nn.Module):
         values = self.weight_values.detach().cpu()
         parts = pieces(self.name, self.layer, bits, values, scales, self.group_size)
         dtype = self.dtype if self.value_type else values.dtype
-        matrix = gpu.hold(parts, VALUE_TYPES.get(dtype, str(dtype)), device)
+        name = VALUE_TYPES.get(dtype, str(dtype))
+        matrix = gpu.hold(parts, name, device, self._rounding() != "fp32")
         if isinstance(matrix, str):
             return matrix
         matrix.share(self.weight_values.detach(), self.weight_bitmask)
@@ -199,8 +205,8 @@ class SparseLinear(torch.nn.Module):
             self.name, self.layer, self.weight_bitmask, values, self.weight_scales, self.group_size
         )
         activations = None
-        if self.value_type is not None:
-            activations = self.activations or setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
+        if self.group_size is not None:
+            activations = self._rounding()
         return cpu.pack(
             parts.values,
             parts.bitmask,
@@ -211,6 +217,10 @@ class SparseLinear(torch.nn.Module):
             group_size=parts.group_size,
             activations=activations,  # type: ignore[arg-type]
         )
+
+    def _rounding(self) -> str | None:
+        """What inputs are rounded to, of those that may be; None: as is usual."""
+        return self.activations or setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
 
     def _find_obstacle(self) -> str | None:
         """Why the kernels cannot compute this layer."""

@@ -9,13 +9,14 @@ integer values a block is one group of scales wide, else 128 columns.
              Other masks: those of block after block (a row of blocks after the other), each block
              row by row, from a place on that is a multiple of 16 bytes.
              bf16 and fp16 as they are; int8 as uint8 with 128 added; int4 with 8 added, two a
-             byte, the first in the low half: so the kernel needs no sign extension.
+             byte, the first in the low half: so the kernel needs no sign extension. fp8 as it is.
     starts   int32 [blocks + 1]: where the values of a block start, in 16 bytes; not of 2:4
-    scales   fp16 [columns / BK, rows], of integer values
+    scales   fp16 [columns / BK, rows], of integer values; fp32 [1, rows], of fp8
 
 Bytes for a weight, of which a share k is kept, all patterns: bf16 and fp16 2 k + 1/8, int8
-k + 1/8 + 2/G, int4 k/2 + 1/8 + 2/G (G = the group size): for 2:4 1.125, 0.641 and 0.391 with
-G = 128. To other masks than 2:4 the starts of blocks and their padding add less than 0.005.
+k + 1/8 + 2/G, int4 k/2 + 1/8 + 2/G (G = the group size), fp8 k + 1/8 + 4/columns: for 2:4 1.125,
+0.641, 0.391 (G = 128) and 0.626 (4096 columns). To other masks than 2:4 the starts of blocks and
+their padding add less than 0.005.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from secateur.compile.config import LIMITS
 from secateur.compile.stored import Pieces, unpack_nibbles
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
@@ -35,7 +35,7 @@ Array = np.ndarray[Any, Any]
 
 BLOCK = 4096
 UNIT = 16  # bytes
-_BITS: dict[ValueType, int] = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+_BITS: dict[ValueType, int] = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "fp8": 8}
 _DTYPES: dict[ValueType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _ZERO = {"int8": 128, "int4": 8}
 
@@ -46,7 +46,7 @@ class Blocks:
 
     Attributes:
         rows, columns: of the weight, without padding.
-        value_type: bf16, fp16, int8 or int4.
+        value_type: bf16, fp16, int8, int4 or fp8.
         two_four: whether every four columns keep two.
         block_rows, block_columns: BR and BK.
     """
@@ -137,8 +137,10 @@ def make_blocks(pieces: Pieces) -> Blocks:
 
 
 def _plain(pieces: Pieces) -> Array:
-    """The kept values in order: int16 (the bits of floats), or uint8 with its zero added."""
-    if pieces.value_type not in LIMITS:
+    """The kept values in order: int16 or uint8, the bits of floats; or uint8, its zero added."""
+    if pieces.value_type == "fp8":
+        return pieces.values.reshape(-1)
+    if pieces.value_type not in _ZERO:
         return pieces.values.reshape(-1).view(np.int16)
     integers = pieces.values.reshape(-1)
     if pieces.value_type == "int4":

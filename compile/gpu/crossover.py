@@ -140,7 +140,7 @@ def _key(matrix: GpuMatrix, device: torch.device) -> str:
         torch.cuda.get_device_name(device),
         f"secateur {secateur.__version__}, torch {torch.__version__}, triton {triton.__version__}",
         f"{matrix.weight}, {100 * matrix.weight.kept:.0f} % kept, inputs {matrix.weight.dtype}",
-        matrix.plan.large,
+        matrix.plan.large + matrix.build,
     )
     return " | ".join(parts)
 

@@ -7,14 +7,19 @@
 The back ends:
 
 - triton: our kernels (`triton_product`); read the packed form, compute densely. For few tokens.
-- cutlass: torch's ``_sparse_semi_structured_mm`` on sparse tensor cores. bf16 and fp16 with 2:4.
+- own: secateur's library of CUTLASS's sparse GEMMs (`own`), if `doctor --build-cutlass` has made
+  it. bf16 and fp16 with 2:4, on sparse tensor cores.
+- cutlass: torch's ``_sparse_semi_structured_mm``, likewise.
 - cusparselt: torch's ``_cslt_sparse_mm``, likewise.
+- own-fp8, cusparselt-fp8: the same two for fp8 values, with inputs rounded to fp8.
+- scaled-mm: fp8 values are unpacked for each call, and ``torch._scaled_mm`` multiplies, with inputs
+  rounded to fp8. Of any mask.
 - unpack: the dense weight is made anew for each call by a Triton kernel, and cuBLAS multiplies.
 - dense: a dense copy that stays, and cuBLAS.
 
 Integer values are never given to the sparse tensor cores: these multiply int8 with int8 and know no
-scales along a row, while ours have one for every 32, 64 or 128 columns. No packed value type is
-fp8, hence nothing here calls ``torch._scaled_mm``.
+scales along a row, while ours have one for every 32, 64 or 128 columns. fp8 values have one for a
+row, which stands before the whole sum.
 
 The built-in crossovers are counted, not measured: not yet measured on a GPU.
 """
@@ -28,25 +33,46 @@ from typing import Literal
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
 
-BackEnd = Literal["triton", "cutlass", "cusparselt", "unpack", "dense"]
+BackEnd = Literal[
+    "triton",
+    "own",
+    "cutlass",
+    "cusparselt",
+    "own-fp8",
+    "cusparselt-fp8",
+    "scaled-mm",
+    "unpack",
+    "dense",
+]
 NAMES: dict[BackEnd, str] = {
     "triton": "Triton",
+    "own": "secateur's CUTLASS",
     "cutlass": "torch's CUTLASS",
     "cusparselt": "cuSPARSELt",
+    "own-fp8": "secateur's CUTLASS with inputs in fp8",
+    "cusparselt-fp8": "cuSPARSELt with inputs in fp8",
+    "scaled-mm": "torch._scaled_mm on the weight unpacked for each call, with inputs in fp8",
     "unpack": "cuBLAS on the weight unpacked for each call",
     "dense": "cuBLAS on a dense copy",
 }
 Source = Literal["built-in", "measured", "given"]
 
-CROSSOVER: dict[BackEnd, int] = {"cutlass": 64, "cusparselt": 64, "unpack": 128}
+CROSSOVER: dict[BackEnd, int] = {
+    **dict.fromkeys(("own", "cutlass", "cusparselt", "own-fp8", "cusparselt-fp8"), 64),
+    **dict.fromkeys(("scaled-mm", "unpack"), 128),
+}
 """Up to how many tokens Triton computes, by what computes above: one tile of tokens, and two.
 
 Up to 64 tokens Triton makes each dense tile once. Unpacking costs that and some 4 bytes a weight
-of memory traffic, which a second tile of tokens still undercuts.
+of memory traffic (2 of fp8), which a second tile of tokens still undercuts.
 """
-_MULTIPLES: dict[BackEnd, tuple[int, int]] = {"cutlass": (32, 64), "cusparselt": (16, 16)}
+_MULTIPLES: dict[BackEnd, tuple[int, int]] = {
+    "cusparselt": (16, 16),
+    "cusparselt-fp8": (32, 32),
+    "scaled-mm": (16, 16),
+}
 _LARGEST_SHARE = 0.9  # of the dense bytes
-_VALUE_BYTES: dict[ValueType, float] = {"bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
+_VALUE_BYTES: dict[ValueType, float] = {"bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5, "fp8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +83,7 @@ class Weight:
         kept: share of its weights that is kept.
         values: as stored.
         dtype: of its inputs: bf16, fp16 or another name.
+        round_inputs: whether inputs may be rounded to fp8, for fp8 values.
     """
 
     rows: int
@@ -65,6 +92,7 @@ class Weight:
     kept: float
     values: ValueType
     dtype: str
+    round_inputs: bool = True
 
     def __str__(self) -> str:
         return f"{self.pattern} {self.values} {self.rows}x{self.columns}"
@@ -126,10 +154,10 @@ def choose(
     """
     if (why := obstacle(weight, machine)) is not None:
         return Plan("dense", "dense", why=why)
-    reasons = {end: refusal(end, weight, machine) for end in _MULTIPLES}
-    usable = [end for end in _preferred(machine) if reasons[end] is None]
+    reasons = {end: refusal(end, weight, machine) for end in candidates(weight, machine)}
+    usable = [end for end, reason in reasons.items() if reason is None]
     large: BackEnd = usable[0] if usable else "unpack"
-    why = None if usable else "; ".join(dict.fromkeys(str(reasons[end]) for end in reasons))
+    why = None if usable else "; ".join(dict.fromkeys(map(str, reasons.values())))
     if crossover is None:
         crossover, source = CROSSOVER[large], "built-in"
     return Plan("triton", large, crossover, source, why)
@@ -152,24 +180,34 @@ def obstacle(weight: Weight, machine: Machine) -> str | None:
     return None
 
 
+def candidates(weight: Weight, machine: Machine) -> tuple[BackEnd, ...]:
+    """What may compute with many tokens by values like these, the first choice first.
+
+    Our library, which somebody took the trouble to build, and torch's CUTLASS share their values
+    with Triton and need 1/8 byte a weight beside them; cuSPARSELt keeps a copy of its own, 9/8
+    bytes (of fp8 5/8). torch builds its CUTLASS for capability 8.x only.
+    """
+    if weight.values == "fp8":
+        return "own-fp8", "cusparselt-fp8", "scaled-mm"
+    if machine.capability[0] == 8:
+        return "own", "cutlass", "cusparselt"
+    return "own", "cusparselt", "cutlass"
+
+
 def refusal(end: BackEnd, weight: Weight, machine: Machine) -> str | None:
-    """Why a semi-structured back end cannot compute this weight on this machine."""
-    if weight.pattern.rows != 1 or (weight.pattern.n, weight.pattern.m) != (2, 4):
+    """Why one of `candidates` cannot compute this weight on this machine."""
+    if weight.values == "fp8" and not weight.round_inputs:
+        return "inputs are not to be rounded to fp8, and tensor cores multiply fp8 with fp8"
+    two_four = weight.pattern.rows == 1 and (weight.pattern.n, weight.pattern.m) == (2, 4)
+    if end != "scaled-mm" and not two_four:
         return f"sparse tensor cores take 2:4, not {weight.pattern}"
-    if weight.values not in ("bf16", "fp16"):
+    if weight.values in ("int8", "int4"):
         return f"sparse tensor cores know no group scales, which {weight.values} values have"
     if end in machine.absent:
         return f"no {NAMES[end]}: {machine.absent[end]}"
-    high, wide = _MULTIPLES[end]
-    if end == "cusparselt" and (weight.rows % high or weight.columns % wide):
+    if end == "scaled-mm" and weight.dtype != "bf16":
+        return f"torch._scaled_mm with scales of rows gives bf16, not {weight.dtype}"
+    high, wide = _MULTIPLES.get(end, (1, 1))
+    if weight.rows % high or weight.columns % wide:
         return f"{weight.rows}x{weight.columns} is no multiple of {high}x{wide}"
     return None
-
-
-def _preferred(machine: Machine) -> tuple[BackEnd, ...]:
-    """The semi-structured back ends, the first choice first.
-
-    CUTLASS shares its values with Triton and needs 1/8 byte a weight beside them; cuSPARSELt keeps
-    a copy of its own, 9/8 bytes a weight. torch builds its CUTLASS for capability 8.x only.
-    """
-    return ("cutlass", "cusparselt") if machine.capability[0] == 8 else ("cusparselt", "cutlass")

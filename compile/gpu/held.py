@@ -16,10 +16,18 @@ import torch
 from torch.nn.functional import pad
 
 from secateur.compile.config import PackedLayer
-from secateur.compile.gpu import crossover, machine, sm80
+from secateur.compile.gpu import crossover, fp8, machine
 from secateur.compile.gpu.blocks import Blocks, make_blocks
-from secateur.compile.gpu.dispatch import BackEnd, Plan, Weight, choose, obstacle, refusal
-from secateur.compile.gpu.semi_structured import RULES
+from secateur.compile.gpu.dispatch import (
+    BackEnd,
+    Plan,
+    Weight,
+    candidates,
+    choose,
+    obstacle,
+    refusal,
+)
+from secateur.compile.gpu.own import OwnProduct, library_for, metadata
 from secateur.compile.stored import Array, Pieces, pieces
 from secateur.compile.values import DTYPES
 from secateur.pattern import Pattern
@@ -45,10 +53,16 @@ class GpuMatrix:
         self._shared = 0  # bytes
         self._meta: torch.Tensor | None = None
         self._compressed: torch.Tensor | None = None
+        self._own: OwnProduct | None = None
         if plan.large == "cutlass":
-            self._meta = _metadata(blocks)
+            self._meta = metadata(blocks, 0)
         elif plan.large == "cusparselt":
             self._compressed = torch._cslt_compress(self.dense())
+        elif plan.large == "cusparselt-fp8":
+            self._compressed = fp8.compress(self._fp8())
+        elif plan.large in ("own", "own-fp8"):
+            self._own = OwnProduct(library_for(blocks.bits.device), blocks, self.dtype)
+            self._meta = self._own.meta
 
     def share(self, values: torch.Tensor, bitmask: torch.Tensor | None) -> None:
         """Read the stored tensors instead of copies of them, where they lie like blocks.
@@ -57,11 +71,17 @@ class GpuMatrix:
             values, bitmask: what the matrix was made from, on its device.
         """
         mine = self.blocks
-        if bitmask is None or not mine.two_four or mine.value_bits < 16:
+        as_stored = mine.value_bits == 16 or mine.value_type == "fp8"
+        if bitmask is None or not mine.two_four or not as_stored:
             return
         if (values.shape, bitmask.shape) == (mine.values.shape, mine.bits.shape):
             self.blocks = replace(mine, values=values, bits=bitmask)
             self._shared = values.nbytes + bitmask.nbytes
+
+    @property
+    def build(self) -> str:
+        """Which build of secateur's own library computes, if one does."""
+        return "" if self._own is None else f" {self._own.library.build_key[:12]}"
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +92,17 @@ class GpuMatrix:
 
     def dense(self) -> torch.Tensor:
         """The dense weight ``[rows, columns]``, each value times its scale rounded once."""
+        return self._unpacked(self.dtype)
+
+    def _fp8(self) -> torch.Tensor:
+        """The dense fp8 values ``[rows, columns]``, without their scales."""
+        return self._unpacked(torch.uint8).view(torch.float8_e4m3fn)
+
+    def _unpacked(self, dtype: torch.dtype) -> torch.Tensor:
         from secateur.compile.gpu.triton_product import unpack
 
         with _on_device_of(self.blocks.bits):
-            return unpack(self.blocks, self.dtype)
+            return unpack(self.blocks, dtype)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x [tokens, columns] @ W.T + bias``, by the back end that the plan names."""
@@ -95,7 +122,22 @@ class GpuMatrix:
                 return multiply(x, self.blocks, bias)
         if end == "unpack":
             return torch.nn.functional.linear(x, self.dense(), bias)
-        return self._semi_structured(end, x, bias)
+        with _on_device_of(x):
+            if end in ("cusparselt-fp8", "scaled-mm"):
+                return self._in_fp8(end, x, bias)
+            if end in ("own", "own-fp8"):
+                assert self._own is not None
+                return self._own.multiply(self.blocks, x, bias)
+            return self._semi_structured(end, x, bias)
+
+    def _in_fp8(self, end: BackEnd, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """By torch's kernels for fp8, with x rounded to it."""
+        assert self.blocks.scales is not None
+        scales = self.blocks.scales[0, : self.weight.rows]
+        if end == "scaled-mm":
+            return fp8.scaled_product(self._fp8(), x, scales, bias)
+        assert self._compressed is not None
+        return fp8.sparse_product(self._compressed, x, scales, bias)
 
     def _semi_structured(
         self, end: BackEnd, x: torch.Tensor, bias: torch.Tensor | None
@@ -125,19 +167,14 @@ def _on_device_of(tensor: torch.Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
-def _metadata(blocks: Blocks) -> torch.Tensor:
-    """Metadata of the SM80 layout for the values of 2:4 blocks, which are in its order."""
-    bits = blocks.bits.cpu().numpy()
-    nibbles = RULES["sm80"][bits & 15] | RULES["sm80"][bits >> 4] << 4
-    meta = sm80.reorder(nibbles.view(np.int16))
-    return torch.from_numpy(meta).to(blocks.bits.device)
-
-
-def hold(linear: Pieces, dtype: str, device: torch.device) -> GpuMatrix | str:
+def hold(
+    linear: Pieces, dtype: str, device: torch.device, round_inputs: bool = True
+) -> GpuMatrix | str:
     """Bring a packed linear onto a GPU, and settle which kernel computes it when.
 
     Args:
         dtype: of its inputs: bf16, fp16 or another name.
+        round_inputs: whether many tokens may be rounded to fp8, for fp8 values.
 
     Returns:
         The matrix, or why a dense copy should compute.
@@ -145,7 +182,8 @@ def hold(linear: Pieces, dtype: str, device: torch.device) -> GpuMatrix | str:
     Raises:
         UsageError: SECATEUR_CROSSOVER is not understood.
     """
-    weight, there, wish = weight_of(linear, dtype), machine.read(device), crossover.wish()
+    weight = weight_of(linear, dtype, round_inputs)
+    there, wish = machine.read(device), crossover.wish()
     plan = choose(weight, there, wish if isinstance(wish, int) else None)
     if plan.large == "dense":
         assert plan.why is not None
@@ -183,21 +221,20 @@ def hold_each(
     linear = pieces("weight", layer, bitmask, values, scales, value_type, group_size)
     there = machine.read(device)
     weight = weight_of(linear, "fp16" if value_type == "fp16" else "bf16")
-    ends: tuple[BackEnd, ...] = ("triton", "unpack", "cutlass", "cusparselt")
+    ends: tuple[BackEnd, ...] = ("triton", "unpack", *candidates(weight, there))
     if (why := obstacle(weight, there)) is not None:
         return dict.fromkeys(ends, why)
     blocks = make_blocks(linear).to(device)
     found: dict[BackEnd, GpuMatrix | str] = {}
     for end in ends:
-        semi_structured = end in ("cutlass", "cusparselt")
-        why = refusal(end, weight, there) if semi_structured else None
+        why = None if end in ("triton", "unpack") else refusal(end, weight, there)
         found[end] = why or GpuMatrix(weight, Plan(end, end), blocks)
     return found
 
 
-def weight_of(linear: Pieces, dtype: str) -> Weight:
+def weight_of(linear: Pieces, dtype: str, round_inputs: bool = True) -> Weight:
     """What the rule wants to know of a packed linear."""
     layer = linear.layer
     rows, columns = layer.shape
     kept = layer.kept / (rows * columns)
-    return Weight(rows, columns, layer.pattern, kept, linear.value_type, dtype)
+    return Weight(rows, columns, layer.pattern, kept, linear.value_type, dtype, round_inputs)

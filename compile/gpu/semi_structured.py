@@ -18,7 +18,7 @@ import numpy as np
 
 from secateur.compile import cpu
 from secateur.compile.config import PackedLayer
-from secateur.compile.stored import Pieces, check_scales, integers_of
+from secateur.compile.stored import Pieces, pieces
 from secateur.errors import ModelError, UsageError
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
@@ -161,7 +161,8 @@ def expand_pieces(
     """
     rows, columns = shape
     size = group_size(values.itemsize)
-    carrier = np.dtype({"fp32": "float32", "int8": "int8"}.get(value_type, "uint16"))
+    carriers: dict[ValueType, str] = {"fp32": "float32", "int8": "int8", "fp8": "uint8"}
+    carrier = np.dtype(carriers.get(value_type, "uint16"))
     if carrier.itemsize != values.itemsize:
         raise UsageError(
             f"values of {8 * values.itemsize} bits are not {value_type}",
@@ -188,10 +189,7 @@ def expand_pieces(
         per_row=columns // 2,
     )
     stored = np.ascontiguousarray(values[:rows, : columns // 2]).view(carrier)
-    if scales is not None and scale_columns is not None:
-        integers_of("weight", layer, stored)
-        check_scales("weight", layer, scales, scale_columns)
-    return Pieces(layer, kept, stored, scales, value_type, scale_columns)
+    return pieces("weight", layer, kept, stored, scales, value_type, scale_columns)
 
 
 def check_shape(shape: Sequence[int], itemsize: int, target: str, high: int, wide: int) -> None:

@@ -72,8 +72,8 @@ class Sm80:
         """The packed linear of pattern 2:4 (32-bit values: 1:2); zeros that fill groups are kept.
 
         Args:
-            value_type: what the bits are: fp32, bf16, fp16 or int8.
-            scales, group_size: of int8, as `Pieces` has them.
+            value_type: what the bits are: fp32, bf16, fp16, int8 or fp8.
+            scales, group_size: of int8 and fp8, as `Pieces` has them.
 
         Raises:
             ModelError: the metadata is not that of a 2:4 weight, or the columns are no multiple

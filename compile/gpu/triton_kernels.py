@@ -2,7 +2,7 @@
 
     y [tokens, rows] = x [tokens, columns] @ W.T
 
-One kernel for all sparse patterns and for bf16, fp16, int8 and int4 values: the weight lies in
+One kernel for all sparse patterns and for bf16, fp16, int8, int4 and fp8 values: the weight lies in
 blocks (`secateur.compile.gpu.blocks`). A program makes BR rows of y. Block after block it loads
 values and bits with vector loads, spreads the values to their columns in registers, and multiplies
 the tile with the tensor cores, which accumulate in fp32. With few tokens the time is meant to be
@@ -33,6 +33,16 @@ _EXACT: tl.constexpr = tl.constexpr(0x4B000000)  # 2^23 as fp32: its last bits c
 def _integers(biased: tl.tensor, zero: tl.constexpr) -> tl.tensor:
     """Integers stored with ``zero`` added, in int32, as fp32: two fast operations, exactly."""
     return (biased | _EXACT).to(tl.float32, bitcast=True) - (8388608.0 + zero)
+
+
+@triton.jit
+def _fp8(byte: tl.tensor) -> tl.tensor:
+    """e4m3fn as fp16: moved to fp16's exponent it is 2^-8 of itself, subnormals too, exactly.
+
+    For GPUs of all capabilities; the conversion of triton needs 8.9.
+    """
+    bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
 
 
 @triton.jit
@@ -123,8 +133,12 @@ def _tile(
     BK: tl.constexpr,
     TWO_FOUR: tl.constexpr,
     BITS: tl.constexpr,
+    FP8: tl.constexpr,
 ) -> tl.tensor:
-    """Block j of a row of blocks, dense and without its scales, ``[BR, BK]`` of DTYPE."""
+    """Block j of a row of blocks, dense and without its scales, ``[BR, BK]`` of DTYPE.
+
+    With uint8 for DTYPE fp8 values stay what they are.
+    """
     row = row_block * BR + tl.arange(0, BR)[:, None]
     at = (row * blocks + j) * (BK // 8) + tl.arange(0, BK // 8)[None, :]
     byte = tl.reshape(tl.load(bits + at), (BR * BK // 8,)).to(tl.int32)
@@ -143,6 +157,8 @@ def _tile(
         pairs = stored.to(tl.int32)
         halves = tl.join(pairs & 15, pairs >> 4)
         kept = _integers(tl.reshape(halves, (stored.shape[0] * 2,)), 8).to(DTYPE)
+    elif FP8:
+        kept = stored if tl.uint8 == DTYPE else _fp8(stored.to(tl.int32)).to(DTYPE)
     elif BITS == 8:
         kept = _integers(stored.to(tl.int32), 128).to(DTYPE)
     else:
@@ -169,6 +185,7 @@ def product(
     BK: tl.constexpr,
     TWO_FOUR: tl.constexpr,
     BITS: tl.constexpr,
+    FP8: tl.constexpr,
     BIAS: tl.constexpr,
 ) -> None:
     """See the module. Grid: rows of blocks, tiles of BT tokens, programs that share a row.
@@ -182,7 +199,8 @@ def product(
         blocks: in a row of blocks.
         BT: tokens of a tile.
         BR, BK: rows and columns of a block.
-        BITS: of a value; 4 and 8 are integers with scales.
+        BITS: of a value; 4 and 8 have scales.
+        FP8: whether 8 bits are e4m3fn, with one scale for each row, and not integers.
     """
     row_block, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     token = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -194,13 +212,15 @@ def product(
         inside = (token < tokens)[:, None] & (column < columns)[None, :]
         given = tl.load(x + token[:, None] * columns + column[None, :], mask=inside, other=0.0)
         weight = _tile(
-            values, bits, starts, row_block, j, blocks, given.dtype, BR, BK, TWO_FOUR, BITS
+            values, bits, starts, row_block, j, blocks, given.dtype, BR, BK, TWO_FOUR, BITS, FP8
         )
-        if BITS < 16:
+        if BITS < 16 and not FP8:
             scale = tl.load(scales + j * (tl.num_programs(0) * BR) + row).to(tl.float32)
             acc += _dot(weight, given, tl.zeros_like(acc)) * scale[:, None]
         else:
             acc = _dot(weight, given, acc)
+    if FP8:
+        acc *= tl.load(scales + row)[:, None]
     out = tl.trans(acc)
     if BIAS:
         out += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
@@ -245,14 +265,19 @@ def unpack(
     BK: tl.constexpr,
     TWO_FOUR: tl.constexpr,
     BITS: tl.constexpr,
+    FP8: tl.constexpr,
 ) -> None:
-    """The dense weight ``[rows, columns]``, value times scale rounded once. Grid: all blocks."""
+    """The dense weight ``[rows, columns]``, value times scale rounded once. Grid: all blocks.
+
+    A uint8 weight is the fp8 values without their scales.
+    """
     row_block, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, column = row_block * BR + tl.arange(0, BR), j * BK + tl.arange(0, BK)
     DTYPE: tl.constexpr = dense.dtype.element_ty
-    weight = _tile(values, bits, starts, row_block, j, blocks, DTYPE, BR, BK, TWO_FOUR, BITS)
-    if BITS < 16:
-        scale = tl.load(scales + j * (tl.num_programs(0) * BR) + row).to(tl.float32)
+    weight = _tile(values, bits, starts, row_block, j, blocks, DTYPE, BR, BK, TWO_FOUR, BITS, FP8)
+    if BITS < 16 and tl.uint8 != DTYPE:
+        own = row if FP8 else j * (tl.num_programs(0) * BR) + row
+        scale = tl.load(scales + own).to(tl.float32)
         weight = (weight.to(tl.float32) * scale[:, None]).to(DTYPE)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(dense + row[:, None] * columns + column[None, :], weight, mask=inside)

@@ -81,7 +81,10 @@ def multiply(x: torch.Tensor, weight: Blocks, bias: torch.Tensor | None = None) 
 
 
 def unpack(weight: Blocks, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight ``[rows, columns]``; value times scale is rounded once, to nearest even."""
+    """The dense weight ``[rows, columns]``; value times scale is rounded once, to nearest even.
+
+    With uint8 for ``dtype``: the fp8 values without their scales.
+    """
     dense = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.values.device)
     triton_kernels.unpack[weight.row_blocks, weight.column_blocks](
         *_tensors(weight, dense),
@@ -111,6 +114,7 @@ def _constants(weight: Blocks) -> dict[str, Any]:
         "BK": weight.block_columns,
         "TWO_FOUR": weight.two_four,
         "BITS": weight.value_bits,
+        "FP8": weight.value_type == "fp8",
     }
 
 

@@ -22,11 +22,12 @@ from secateur.bits import unpack_bits
 from secateur.checkpoint import CONFIG
 from secateur.compile import cpu
 from secateur.compile.config import BITMASK, LIMITS, SCALES, VALUES, PackedConfig
-from secateur.compile.nearest import pack_nibbles, round_to_nearest
+from secateur.compile.nearest import narrowest, pack_nibbles, round_to_nearest
 from secateur.compile.stored import Array, check_headers, open_safely, pieces
 from secateur.errors import ModelError, UsageError
 from secateur.mapped import MappedCheckpoint
 from secateur.pattern import Pattern
+from secateur.recipe import ValueType
 
 GROUP = 32  # columns that share a scale where dense weights are rounded at load
 MASKS = "masks.safetensors"
@@ -101,7 +102,7 @@ class Weights:
                 "leave the type out, or compile the model with --values " + str(values),
             )
         linears = self._packed.values if self._packed is not None else values
-        self._head = ("int8" if linears in LIMITS else None) if head == "auto" else head
+        self._head = ("int8" if linears in ("int8", "int4") else None) if head == "auto" else head
 
     def linear(self, name: str, shape: tuple[int, int], bias: bool) -> Part:
         """The linear ``name``, ``[rows, columns]``.
@@ -215,11 +216,11 @@ class Weights:
         bits: Array | None,
         shape: tuple[int, int],
         pattern: Pattern,
-        kind: cpu.Values,
+        kind: ValueType,
         scales: Array | None,
         group_size: int | None,
     ) -> cpu.CpuMatrix:
-        integer = scales is not None
+        integer = scales is not None and kind != "fp8"
         return cpu.pack(
             values,
             bits,
@@ -329,16 +330,3 @@ def _widened(values: Array, kind: cpu.Values) -> cpu.Floats:
     if kind == "bf16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values if kind == "fp32" else values.view(np.float16).astype(np.float32)
-
-
-def narrowest(values: Array) -> tuple[Array, cpu.Values]:
-    """fp32 values as bits of bf16 or fp16, if all of them are such numbers; else as they are."""
-    flat = values.reshape(-1)
-    if not any((some.view(np.uint32) & 0xFFFF).any() for some in (flat[:4096], flat)):
-        return (values.view(np.uint32) >> 16).astype(np.uint16), "bf16"
-    with np.errstate(over="ignore"):
-        for some in (flat[:4096], flat):  # the first few say no almost always
-            half = some.astype(np.float16)
-            if not np.array_equal(half.astype(np.float32).view(np.uint32), some.view(np.uint32)):
-                return values, "fp32"
-    return half.reshape(values.shape).view(np.uint16), "fp16"

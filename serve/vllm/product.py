@@ -67,7 +67,8 @@ def make_product(
     if device.type == gpu.DEVICE:
         matrices = []
         for share in merged:
-            matrix = gpu.hold(share, VALUE_TYPES.get(dtype, str(dtype)), device)
+            rounds = setting("SECATEUR_ACTIVATIONS", ("int8", "fp32")) != "fp32"
+            matrix = gpu.hold(share, VALUE_TYPES.get(dtype, str(dtype)), device, rounds)
             if isinstance(matrix, str):
                 return matrix
             matrices.append(matrix)
@@ -95,7 +96,7 @@ def _pack(share: Pieces) -> cpu.CpuMatrix:
         value_type = VALUE_TYPES[narrow.dtype]
         values = (narrow if value_type == "fp32" else narrow.view(torch.uint16)).numpy()
     activations = None
-    if share.scales is not None:
+    if share.group_size is not None:
         activations = setting("SECATEUR_ACTIVATIONS", ("int8", "fp32"))
     return cpu.pack(
         values,

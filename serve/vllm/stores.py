@@ -30,9 +30,10 @@ from secateur.compile.zeros import mask_of, pattern_of
 from secateur.errors import ModelError
 from secateur.orphans import rescue
 from secateur.pattern import Pattern
+from secateur.recipe import ValueType
 
 WEIGHT = ".weight"
-_TYPES = {**DTYPES, "int8": torch.int8, "int4": torch.uint8}
+_TYPES = {**DTYPES, "int8": torch.int8, "int4": torch.uint8, "fp8": torch.uint8}
 
 
 class Store(Protocol):
@@ -91,7 +92,9 @@ class Packed:
 
     def tensors(self, part: str) -> dict[str, torch.dtype | None]:
         """As of `Store`."""
-        types = {BITMASK: torch.uint8, SCALES: torch.float16, VALUES: _TYPES[self.config.values]}
+        values = self.config.values
+        scales = torch.float32 if values == "fp8" else torch.float16
+        types = {BITMASK: torch.uint8, SCALES: scales, VALUES: _TYPES[values]}
         ends = (tensor.removeprefix(part) for tensor in self.config.stored(part))
         return {end: types[end] for end in ends}
 
@@ -170,12 +173,17 @@ class Orphan:
 
 
 def _integers(part: str, found: Quantised) -> Pieces:
-    """Integers with their scales, in the narrowest type that holds them."""
+    """Integers with their scales, in the narrowest type that holds them; or fp8."""
     pattern = pattern_of(found.values)
-    narrow = int(found.values.abs().max()) <= LIMITS["int4"]
     mask = mask_of(found.values, pattern)
-    layer, parts = encode_integers(found, mask, pattern, "int4" if narrow else "int8")
-    return pieces(part, layer, parts.get(BITMASK), parts[VALUES], parts[SCALES], GROUP)
+    kind: ValueType = "int8"
+    if found.values.is_floating_point():
+        kind = "fp8"
+    elif int(found.values.abs().max()) <= LIMITS["int4"]:
+        kind = "int4"
+    layer, parts = encode_integers(found, mask, pattern, kind)
+    size = None if kind == "fp8" else GROUP
+    return pieces(part, layer, parts.get(BITMASK), parts[VALUES], parts[SCALES], size)
 
 
 def dense_pieces(part: str, weight: torch.Tensor) -> Pieces:

@@ -36,7 +36,7 @@ def _counts(value: Any) -> Any:
 Counts = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_counts), Field(min_length=1)
 ]
-ValueType = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+ValueType = Literal["fp32", "bf16", "fp16", "int8", "int4", "fp8"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -119,16 +119,16 @@ class Compile(Section):
     format: Literal["packed"] = Field("packed", description="The form of the result.")
     values: ValueType | None = Field(
         None,
-        description="Type of the stored weights; None keeps the model's own. int8 and int4 have "
-        "scales, and quantise the linears that pruning left dense, too.",
+        description="Type of the stored weights; None keeps the model's own. int8, int4 and fp8 "
+        "have scales, and quantise the linears that pruning left dense, too.",
     )
     group_size: Literal[32, 64, 128] = Field(
         64, description="int8, int4: consecutive inputs of a row that share a scale."
     )
     quantize: Literal["gptq", "rtn"] = Field(
         "gptq",
-        description="int8, int4: 'gptq' lets later weights make up for the rounding of earlier "
-        "ones, on the calibration text; 'rtn' rounds each to nearest and reads no text.",
+        description="int8, int4, fp8: 'gptq' lets later weights make up for the rounding of "
+        "earlier ones, on the calibration text; 'rtn' rounds each to nearest and reads no text.",
     )
     device: str = Field("auto", description="gptq: 'auto', 'cpu', 'cuda' or 'cuda:N'.")
 

@@ -22,7 +22,7 @@ PLAYED = Device(torch.device("cpu"), 0, time.perf_counter, lambda call: call)
 
 
 def settings(**own: Any) -> KernelSettings:
-    content = {"shapes": [(64, 64)], "patterns": ["2:4", "4:6"], "values": ["bf16", "int4"]}
+    content = {"shapes": [(64, 64)], "patterns": ["2:4", "4:6"], "values": ["bf16", "int4", "fp8"]}
     content |= {"tokens": (1, 2), "rounds": 2, "min_ms": 0.01, "group_size": 64} | own
     return validate(KernelSettings, content, "test")
 
@@ -38,19 +38,23 @@ def test_back_ends_are_checked_and_compared(result: GpuKernelsResult) -> None:
         "64 x 64, 2 tokens, bf16",
         "64 x 64, 1 token, int4",
         "64 x 64, 2 tokens, int4",
+        "64 x 64, 1 token, fp8",
+        "64 x 64, 2 tokens, fp8",
     ]
     for group in result.groups:
         rows = {row.name: row for row in group.kernels}
-        assert list(rows) == [
-            *("dense", "2:4 triton", "2:4 unpack", "2:4 cutlass", "2:4 cusparselt", "4:6")
-        ]
+        large = ["own", "cutlass", "cusparselt"]
+        if group.values == "fp8":
+            large = ["own-fp8", "cusparselt-fp8", "scaled-mm"]
+        ends = [f"2:4 {end}" for end in ("triton", "unpack", *large)]
+        assert list(rows) == ["dense", *ends, "4:6"]
         assert rows["4:6"].absent == "64 inputs are not a multiple of 6"
-        assert rows["2:4 cutlass"].absent is not None
+        assert all(rows[f"2:4 {end}"].absent is not None for end in large)
         triton = rows["2:4 triton"]
         assert triton.relative_error is not None
         assert 0 < triton.relative_error < 0.02
         # A block of floats is 128 columns wide.
-        each = {"bf16": 2 * 1.125, "int4": 0.375 + 2 / 64}[group.values]
+        each = {"bf16": 2 * 1.125, "int4": 0.375 + 2 / 64, "fp8": 2 * 0.625 + 4 / 64}[group.values]
         assert triton.bytes_per_weight == each
         assert triton.copies == 2
         assert triton.us is not None

@@ -40,7 +40,7 @@ def test_from_an_orphan_and_back(tmp_path: Path, secateur_command: Callable[...,
     rescued = secateur_command(*command.split()[1:])
     assert rescued.returncode == 0, rescued.stderr
     assert "note: read from sparse-24-bitmask, float-quantized" in rescued.stdout
-    assert "as bf16" in rescued.stdout
+    assert "fp8 values kept as they were, a scale for each row" in rescued.stdout
     manifest = Manifest.read(f"{orphan}-packed")
     assert manifest.source["kind"] == "orphan"
     assert manifest.notes[0].startswith("read from sparse-24-bitmask")
@@ -213,7 +213,10 @@ def test_rounding(values: Any, dtype: torch.dtype, scales: Any) -> None:
             ["--format", "marlin-24", "--values", "int8", "--scales", "tensor"],
             "use group or channel",
         ),
-        (["--format", "packed", "--values", "fp8"], "value type 'fp8' is not known"),
+        (
+            ["--format", "packed", "--values", "fp8", "--group-size", "64"],
+            "--group-size is of use to --values int8 and int4 only",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(

@@ -21,7 +21,7 @@ TEXT = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(en
 
 def printed_reader() -> Any:
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 28
+    assert len([line for line in code.splitlines() if line.strip()]) <= 33
     scope: dict[str, Any] = {}
     exec(code, scope)
     return scope["read"]
@@ -44,7 +44,10 @@ def test_the_printed_reader(tmp_path: Path, pattern: str, values: Any) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "values", "size"),
-    [("2:4", "int8", 32), ("37.5%", "int4", 64), ("50%@16x1", "int4", 32), ("50%", "int8", 128)],
+    [
+        *(("2:4", "int8", 32), ("37.5%", "int4", 64), ("50%@16x1", "int4", 32)),
+        *(("50%", "int8", 128), ("2:4", "fp8", 64), ("62.5%@4x1", "fp8", 64)),
+    ],
 )
 def test_the_printed_reader_of_integers(
     tmp_path: Path, pattern: str, values: Any, size: int

@@ -24,6 +24,7 @@ from tests.compile.orphans import FORMS, write_orphan
 
 Tensors = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj"
+E5M2 = torch.float8_e5m2
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +76,12 @@ def test_packed_holds_what_dense_decodes_to(home: Path, tmp_path: Path, name: st
     packed, dense = read_packed(tmp_path / "packed"), plain(tmp_path / "dense")
     before = plain(home / f"{name}.pruned")
     assert packed.names() == sorted(dense) == sorted(before)
-    kept = {"24-int8": "int8", "bitmask-int8": "int8", "marlin-int4": "int4"}
+    kept = {"24-int8": "int8", "bitmask-int8": "int8", "marlin-int4": "int4", "24-fp8": "fp8"}
     assert report.values == (kept | {"marlin-int8": "int8"}).get(name, "bf16")
     for tensor in packed.names():
         own, whole = packed.load(tensor), dense[tensor]
-        if name == "24-fp8":
-            assert torch.equal(own, whole.to(torch.bfloat16)), tensor
-        else:
-            assert torch.equal(own.float(), whole), tensor
-        if report.quantize is None and name != "24-fp8":
+        assert torch.equal(own.float(), whole), tensor
+        if report.quantize is None:
             assert torch.equal(own, before[tensor]), tensor
     pattern = FORMS[name][0]
     assert {str(packed.layers[n].pattern) for n in report.layers} <= {pattern, "dense"}
@@ -233,7 +231,29 @@ LOSSES: list[tuple[str, Callable[[Tensors], object], str]] = [
         lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(48, 1, dtype=torch.int8)}),
         "not symmetric",
     ),
-    ("24-fp8", lambda t: None, "its values are fp8"),
+    (
+        "24-fp8",
+        lambda t: t.update({f"{UP}.weight_scale": t[f"{UP}.weight_scale"].repeat(1, 4)}),
+        "each 8 columns have a scale",
+    ),
+    ("24-fp8", lambda t: t[f"{UP}.weight_scale"][3].neg_(), "negative or above 2^119"),
+    (
+        "24-fp8",
+        lambda t: t.update({f"{UP}.compressed": t[f"{UP}.compressed"].float().to(E5M2)}),
+        "its values are of e5m2",
+    ),
+    (
+        "24-fp8",
+        lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(48, 1, dtype=torch.int8)}),
+        "not symmetric",
+    ),
+    (
+        "24-fp8",
+        lambda t: t.update(
+            {f"{UP}.compressed": t[f"{UP}.compressed"].float().clamp(-99, 99).to(torch.int8)}
+        ),
+        "13 of 14 quantised linears are fp8 and the others integers",
+    ),
 ]
 
 

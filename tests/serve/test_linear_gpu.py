@@ -20,6 +20,8 @@ from tests.compile.gpu.linears import HALVES, assert_product, draw
 from tests.compile.gpu.modules import make
 from tests.serve.hf_models import close
 
+FP8 = torch.float8_e4m3fn
+
 
 @pytest.fixture(autouse=True)
 def _a_gpu_in_play(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +33,7 @@ def _a_gpu_in_play(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=10, deadline=None)
 @given(
     pattern=st.sampled_from(["2:4", "4:8", "50%", "80%", "50%@8x1"]),
-    values=st.sampled_from(["bf16", "fp16", "int8", "int4"]),
+    values=st.sampled_from(["bf16", "fp16", "int8", "int4", "fp8"]),
     name=st.sampled_from(["bf16", "fp16"]),
     rows=st.integers(1, 6),
     groups=st.integers(1, 20),
@@ -112,7 +114,7 @@ def test_the_parts_for_cutlass_are_those_of_the_weight(
     monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, tokens: int
 ) -> None:
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", emulated_cutlass)
-    monkeypatch.setattr(machine, "read", lambda _: Machine((8, 0)))
+    monkeypatch.setattr(machine, "read", lambda _: Machine((8, 0), {"own": "not built"}))
     pieces, weight = draw("2:4", "fp16", rows, columns)
     module = make(pieces, torch.float16)
     x = torch.randn(tokens, columns).half()
@@ -134,7 +136,7 @@ def test_the_parts_for_cusparselt_are_those_of_the_weight(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
-    monkeypatch.setattr(machine, "read", lambda _: Machine((9, 0)))
+    monkeypatch.setattr(machine, "read", lambda _: Machine((9, 0), {"own": "not built"}))
     pieces, weight = draw("2:4", "bf16", 48, 128)
     module = make(pieces, torch.bfloat16)
     x = torch.randn(67, 128).bfloat16()
@@ -142,6 +144,65 @@ def test_the_parts_for_cusparselt_are_those_of_the_weight(monkeypatch: pytest.Mo
         y = module(x)
     twin = torch.nn.functional.linear(x, weight.bfloat16(), module.bias)
     assert torch.allclose(y.float(), twin.float(), atol=0.1)
+
+
+def product_of_float8(compressed: Any, x: Any, out_dtype: Any, transpose_result: bool) -> Any:
+    """``torch._cslt_sparse_mm`` of a weight that was not compressed."""
+    assert (compressed.dtype, x.dtype, out_dtype) == (FP8, FP8, torch.float32)
+    assert transpose_result
+    assert x.shape[1] % 16 == 0
+    return x.t().float() @ compressed.float().t()
+
+
+def scaled_mm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``torch._scaled_mm``, with what its checks for CUDA ask of shapes, strides and types."""
+    assert (x.dtype, weight.dtype, out_dtype) == (FP8, FP8, torch.bfloat16)
+    (tokens, columns), rows = x.shape, weight.shape[1]
+    assert x.stride() == (columns, 1)
+    assert weight.stride() == (1, columns)
+    assert columns % 16 == rows % 16 == 0
+    assert scale_a.shape == (tokens, 1)
+    assert scale_b.shape == (1, rows)
+    assert scale_a.dtype == scale_b.dtype == torch.float32
+    y = (x.float() @ weight.float()) * scale_a * scale_b
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+@pytest.mark.parametrize(("pattern", "end"), [("2:4", "cuSPARSELt"), ("50%", "torch._scaled_mm")])
+@pytest.mark.parametrize("how", ["rounded", "as they are"])
+def test_fp8_with_many_tokens(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, end: str, how: str
+) -> None:
+    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense.clone())
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product_of_float8)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(machine, "read", lambda _: Machine((9, 0), {"own-fp8": "not built"}))
+    if how == "as they are":
+        monkeypatch.setenv("SECATEUR_ACTIVATIONS", "fp32")
+    pieces, weight = draw(pattern, "fp8", 64, 128)
+    module = make(pieces, torch.bfloat16)
+    (use,) = kernel_report(module)
+    assert (f"{end}" in str(use) and "inputs in fp8" in str(use)) == (how == "rounded")
+    x = torch.randn(131, 128).bfloat16()
+    x[7] = 0
+    with torch.no_grad():
+        y = module(x)
+    given_ = x.float()
+    if how == "rounded":
+        scale = given_.abs().amax(dim=1, keepdim=True) / 448
+        given_ = (given_ / scale.where(scale > 0, 1)).to(FP8).float() * scale
+    wanted = given_ @ weight.T + module.bias.float()
+    assert torch.allclose(y.float(), wanted, atol=1e-2, rtol=2**-7)
+    few = x[:5]
+    with torch.no_grad():
+        assert_product(module(few), few, weight, module.bias.data)
 
 
 def test_a_compiled_module_serves_all_numbers_of_tokens() -> None:
@@ -197,8 +258,8 @@ def test_the_report_says_which_kernel_runs_when(monkeypatch: pytest.MonkeyPatch)
     report = kernel_report(torch.nn.Sequential(*members))
     assert [str(use) for use in report] == [
         "2 packed linears: 2:4 bf16 32x128, 0.0 MB: Triton up to 128 tokens, cuBLAS on the weight "
-        "unpacked for each call above (built-in crossover): no torch's CUTLASS: this is no GPU; no "
-        "cuSPARSELt: this is no GPU",
+        "unpacked for each call above (built-in crossover): no secateur's CUTLASS: this is no GPU; "
+        "no torch's CUTLASS: this is no GPU; no cuSPARSELt: this is no GPU",
         "1 packed linear: dense copy in torch, float16, 0.0 MB: the packed form takes 96 % of the "
         "dense bytes",
     ]
@@ -228,6 +289,7 @@ def test_a_model_computes_with_them(made: Any) -> None:
         ("2:4", "fp16", 64, 168, False),
         ("50%", "bf16", 64, 256, False),
         ("2:4", "int8", 128, 256, False),
+        ("2:4", "fp8", 64, 256, True),
     ],
 )
 def test_stored_two_four_is_read_as_it_lies(
@@ -238,7 +300,7 @@ def test_stored_two_four_is_read_as_it_lies(
     matrix = module.matrix
     assert isinstance(matrix, held.GpuMatrix)
     assert (matrix.blocks.values.data_ptr() == module.weight_values.data_ptr()) == shared
-    assert (matrix.nbytes == 0) == shared
+    assert (matrix.nbytes == (4 * rows if values == "fp8" else 0)) == shared  # beside scales
     x = torch.randn(2, columns).to(module.dtype)
     with torch.no_grad():
         assert_product(module(x), x, weight)

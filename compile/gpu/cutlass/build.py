@@ -58,30 +58,30 @@ class Nvcc:
     version: str
 
 
-def find_nvcc() -> Nvcc:
+def find_nvcc(oldest: tuple[int, int] = (12, 4)) -> Nvcc:
     """The nvcc of ``$CUDA_HOME``, or else of ``$PATH``, or else of ``/usr/local/cuda``.
 
     Raises:
         EnvironmentFault: there is none, it does not run, or it is too old.
     """
-    home = os.environ.get("CUDA_HOME")
+    home, least = os.environ.get("CUDA_HOME"), ".".join(map(str, oldest))
     places = [Path(home) / "bin"] if home else [None, Path("/usr/local/cuda/bin")]
     found = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
     if found is None:
         where = f"in $CUDA_HOME ({home})" if home else "on the PATH or in /usr/local/cuda"
         raise EnvironmentFault(
             f"there is no nvcc {where}",
-            "install the CUDA toolkit 12.4 or newer (no driver is needed), or set CUDA_HOME to it",
+            f"install the CUDA toolkit {least} or newer (no driver is needed), or set CUDA_HOME",
         )
     try:
         said = subprocess.run([found, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as fault:
         raise EnvironmentFault(f"{found} does not run: {fault}", "repair it") from fault
     form = re.search(r"\bV(\d+)\.(\d+)\.(\d+)", said.stdout)
-    if form is None or (int(form[1]), int(form[2])) < (12, 4):
+    if form is None or (int(form[1]), int(form[2])) < oldest:
         version = form[0] if form else said.stdout.strip().splitlines()[-1:]
         raise EnvironmentFault(
-            f"{found} is {version}, and CUTLASS's sparse GEMMs need 12.4",
+            f"{found} is {version}, and these sparse GEMMs of CUTLASS need {least}",
             "install a newer CUDA toolkit, or set CUDA_HOME to one",
         )
     return Nvcc(Path(found), form[0].removeprefix("V"))
@@ -125,7 +125,7 @@ def build_library(
         EnvironmentFault: no nvcc, no CUTLASS, or a compilation failed.
     """
     chosen = kernels_of(arch) if only is None else list(only)
-    nvcc = find_nvcc()
+    nvcc = find_nvcc(ARCHITECTURES[arch].nvcc)
     sources = {kernel.name: kernel_source(kernel) for kernel in chosen}
     versions = f"CUTLASS {cutlass_version()}, nvcc {nvcc.version}"
     key = build_key(sources, versions, arch)

@@ -58,6 +58,8 @@ class Architecture:
         tiles: M and N of the tiles.
         capability: 10 * major + minor of the GPU it is for.
         exact: whether its code runs on that GPU alone.
+        packed: whether secateur can put metadata into the order that its kernels read.
+        nvcc: the oldest that compiles for it.
     """
 
     codes: str
@@ -66,6 +68,8 @@ class Architecture:
     tiles: tuple[tuple[int, int], ...]
     capability: int
     exact: bool
+    packed: bool = True
+    nvcc: tuple[int, int] = (12, 4)
 
 
 _TILES_80 = ((64, 64), (128, 64), (128, 128), (256, 128))
@@ -82,6 +86,16 @@ ARCHITECTURES = {
     ),
     "sm_90a": Architecture(
         "arch=compute_90a,code=sm_90a", _TYPES_90, {8: 128, 16: 128}, _TILES_90, 90, True
+    ),
+    "sm_100a": Architecture(
+        "arch=compute_100a,code=sm_100a",
+        ("bf16", "fp16", "fp8-bf16", "fp8-fp16"),
+        {8: 128, 16: 64},
+        ((128, 128), (128, 256)),
+        100,
+        True,
+        packed=False,
+        nvcc=(12, 8),
     ),
 }
 
@@ -180,10 +194,26 @@ def operation(kernel: Kernel) -> Any:
             vars(found).pop("_procedural_name", None)  # a cache; it names the output
             if kernel.arch == "sm_80":
                 found.C.element = found.D.element
+            if kernel.arch == "sm_100a":
+                _settle_sm100(found, library.DataType[wanted.inputs])
             return found
     raise EnvironmentFault(
         f"nvidia-cutlass {cutlass_version()} has no sparse GEMM like {kernel.name}", INSTALL
     )
+
+
+def _settle_sm100(found: Any, inputs: Any) -> None:
+    """Give an SM100 GEMM, which is enumerated for a width of inputs, a type, and D by tokens.
+
+    Its cluster, left open until it is launched, becomes one block.
+    """
+    from cutlass_library.library import LayoutType
+
+    found.A.element = found.B.element = inputs
+    instruction = found.tile_description.math_instruction
+    instruction.element_a = instruction.element_b = inputs
+    found.C.layout = found.D.layout = LayoutType.ColumnMajor
+    found.tile_description.cluster_shape = [1, 1, 1]
 
 
 def _tile(candidate: Any) -> tuple[int, ...]:
@@ -207,15 +237,20 @@ def operations(arch: str, types: str) -> list[Any]:
         types: a key of `TYPES`.
     """
     wanted = TYPES[types]
+    inputs = wanted.inputs
+    if arch == "sm_100a":  # enumerated for a width: see `_settle_sm100`
+        inputs = "f8" if wanted.bits == 8 else "f16"
     sparse = [
         found
         for found in _enumerate(arch, _GENERATORS[arch, wanted.inputs])
-        if found.A.element.name == found.B.element.name == wanted.inputs
+        if found.A.element.name == found.B.element.name == inputs
         and found.accumulator_type().name == wanted.sums
         and (found.A.layout.name, found.B.layout.name) == ("RowMajor", "ColumnMajor")
     ]
     if arch == "sm_80":
         return sparse
+    if arch == "sm_100a":
+        return [found for found in sparse if _preferred_sm100(found)]
     return [found for found in sparse if _preferred(found, fp8=wanted.inputs == "e4m3")]
 
 
@@ -234,6 +269,16 @@ def _preferred(found: Any, fp8: bool) -> bool:
     )
 
 
+def _preferred_sm100(found: Any) -> bool:
+    """The same of an SM100 GEMM: those that one SM computes, of no set cluster."""
+    return bool(
+        found.C.element.name == "void"
+        and tuple(found.tile_description.cluster_shape) == (0, 0, 1)
+        and found.tile_scheduler.name == "Default"
+        and found.kernel_schedule.name == "SparseTmaWarpSpecialized1SmSm100"
+    )
+
+
 _LEVEL = "142"
 """cutlass_library's instantiation level: small N and both K of the tiles, clusters of two."""
 
@@ -247,6 +292,9 @@ _GENERATORS = {
     ("sm_90a", "e4m3"): "SM90_SparseTensorOp_fp8_WGMMA_gemm",
     ("sm_90a", "f16"): "SM90_SparseTensorOp_16b_WGMMA_gemm",
     ("sm_90a", "bf16"): "SM90_SparseTensorOp_16b_WGMMA_gemm",
+    ("sm_100a", "e4m3"): "SM100_SparseTensorOp_fp8_UMMA_gemm",
+    ("sm_100a", "f16"): "SM100_SparseTensorOp_16b_UMMA_gemm",
+    ("sm_100a", "bf16"): "SM100_SparseTensorOp_16b_UMMA_gemm",
 }
 """What cutlass_library's generator calls the enumeration of the sparse GEMMs of these inputs."""
 

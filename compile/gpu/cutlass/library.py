@@ -52,7 +52,8 @@ class KernelFacts:
         multiples: what m, n and k must be multiples of.
         multiple_b, multiple_d: what the leading dimensions must be multiples of.
         d_column_major: D is ``[n, m]`` row-major (a row for each token); else ``[m, n]``.
-        meta_tile_k: of the SM90 order of metadata; 0: the SM80 order.
+        meta_tile_k: of the SM90 order of metadata; 0: the SM80 order; -1: that of SM100, in which
+            secateur packs nothing yet.
     """
 
     name: str
@@ -289,12 +290,13 @@ def _load(path: Path) -> SparseGemmLibrary:
 def architecture_for(capability: tuple[int, int]) -> str | None:
     """The architecture whose kernels run on a GPU of this compute capability; None: there is none.
 
-    The newest; code of an "a" architecture runs on that GPU alone.
+    The newest that weights can be packed for; code of an "a" architecture runs on that GPU alone.
     """
     number = 10 * capability[0] + capability[1]
     fitting = {
         target.capability: arch
         for arch, target in ARCHITECTURES.items()
-        if (number == target.capability if target.exact else number >= target.capability)
+        if target.packed
+        and (number == target.capability if target.exact else number >= target.capability)
     }
     return fitting[max(fitting)] if fitting else None

@@ -89,7 +89,9 @@ struct Kernel {
     return {{name, operation, int(size<0>(Shape{})), int(size<1>(Shape{})), int(size<2>(Shape{})),
              int(Mainloop::DispatchPolicy::Stages), int(GemmKernel::MaxThreadsPerBlock),
              int(GemmKernel::SharedStorageSize), kD, 1, 2 * kB, kB, kD, 1,
-             int(typename Config::TensorEAtomK{})},
+             std::is_same_v<typename GemmKernel::ArchTag, cutlass::arch::Sm90>
+                 ? int(typename Config::TensorEAtomK{})
+                 : -1},
             meta_bytes, workspace_bytes, run};
   }
 };

@@ -36,7 +36,7 @@ typedef struct {
   int32_t multiple_m, multiple_n, multiple_k; /* what m, n and k must be multiples of */
   int32_t multiple_b, multiple_d;             /* what ldb and ldd must be multiples of */
   int32_t d_column_major; /* 1: D has a row of memory for each token, ldd apart; 0: for each output */
-  int32_t meta_tile_k;    /* 0: SM80 order of metadata; else SM90 order with this tile */
+  int32_t meta_tile_k; /* 0: SM80 order of metadata; -1: SM100; else SM90 order with this tile */
 } secateur_kernel_facts;
 
 #ifdef __cplusplus

@@ -43,10 +43,12 @@ class Device:
     l2_bandwidth: float
 
 
-# NVIDIA's data sheets; L2: Chips and Cheese, "Nvidia's H100" (2023), measured reads.
+# NVIDIA's data sheets; L2: Chips and Cheese, "Nvidia's H100" (2023), measured reads; of the B200,
+# of which we know none, that of the H100 by the number of processors.
 DEVICES = {
     "sm_80": Device("A100 SXM 80 GB", 108, 312e12, 2.04e12, 4.6e12),
     "sm_90a": Device("H100 SXM", 132, 989e12, 3.35e12, 5.6e12),
+    "sm_100a": Device("B200", 148, 2.25e15, 8e12, 6.3e12),
 }
 
 

@@ -33,8 +33,8 @@ def compile_(
     values: Annotated[
         str | None,
         typer.Option(
-            help="fp32, bf16 or fp16: convert all weights; int8, int4 or (compressed-tensors only) "
-            "fp8: quantise the linears of the blocks.  [default: the model's own]"
+            help="fp32, bf16 or fp16: convert all weights; int8, int4 or fp8: quantise the linears "
+            "of the blocks.  [default: the model's own]"
         ),
     ] = None,
     group_size: Annotated[
@@ -43,7 +43,7 @@ def compile_(
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="int8, int4: gptq, or rtn (round to nearest).  [default: gptq]"),
+        typer.Option(help="int8, int4, fp8: gptq, or rtn (round to nearest).  [default: gptq]"),
     ] = None,
     scales: Annotated[
         str | None,
@@ -100,7 +100,7 @@ def compile_(
     given, taken = special | walk | text, form.options
     if values in form.walks:
         taken |= {*walk, *text}
-    else:
+    if values not in ("int8", "int4"):
         taken -= {"group_size"}
     if unused := [flag for flag in given if flag not in taken]:
         _refuse(unused[0].replace("_", "-"), format_, bool(form.walks))
@@ -120,7 +120,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def _refuse(flag: str, format_: str, walks: bool) -> NoReturn:
     if walks and flag not in ("scales", "era", "onnx-weights"):
         raise UsageError(
-            f"--{flag} is of use to --values int8 and int4 only",
+            f"--{flag} is of use to --values int8 and int4"
+            f"{' only' if flag == 'group-size' else ', and fp8 of --format packed, only'}",
             f"add --values int8 or int4, or drop --{flag}",
         )
     raise UsageError(f"--{flag} is of no use to --format {format_}", f"drop --{flag}")
@@ -196,16 +197,19 @@ def _print(report: PackReport) -> None:
 def _quantised(report: PackReport) -> str:
     text, line = report.calibration, f"quantised by {report.quantize}"
     if report.quantize == "kept":
-        line = "integers kept as they were"
+        line = f"{'fp8 values' if report.values == 'fp8' else 'integers'} kept as they were"
     if report.group_size is not None:
         line += f", groups of {report.group_size}"
+    elif report.values == "fp8":
+        line += ", a scale for each row"
     if report.quantize == "kept":
         return line
     if text is None:
         return f"{line}; reads no text, so no errors were measured"
     return (
         f"{line}, on {report.calibration_tokens} tokens of {text.data!r}, seed {text.seed}\n"
-        "rounding: |(W - Q)X|² / |WX|²; inputs: what rounding them to int8 adds, |Q(X - X8)| / |QX|"
+        "rounding: |(W - Q)X|² / |WX|²; inputs: what rounding them to 8 bits adds, "
+        "|Q(X - X8)| / |QX|"
     )
 
 

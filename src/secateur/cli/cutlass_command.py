@@ -19,7 +19,8 @@ def cutlass_line(directory: Path | None = None) -> str:
     for arch in ARCHITECTURES:
         try:
             library = open_library(arch, directory)
-            says.append(f"{arch}: {len(library.kernels)} kernels ({library.versions})")
+            use = "" if ARCHITECTURES[arch].packed else ", not used: weights are not packed for it"
+            says.append(f"{arch}: {len(library.kernels)} kernels ({library.versions}){use}")
         except EnvironmentFault as fault:
             there = library_path(arch, directory).exists()
             says.append(f"{arch}: {fault.what}" if there else f"{arch}: not built")
@@ -48,7 +49,8 @@ def prepare(
 def _build(archs: str | None, directory: Path | None) -> list[dict[str, Any]]:
     from secateur.compile.gpu.cutlass import ARCHITECTURES, build_library, kernels_of
 
-    names = list(ARCHITECTURES) if archs is None else archs.replace(" ", "").split(",")
+    packed = [name for name, target in ARCHITECTURES.items() if target.packed]
+    names = packed if archs is None else archs.replace(" ", "").split(",")
     for name in names:
         kernels_of(name)  # refuses an unknown one before any work is done
     facts = []

@@ -46,6 +46,7 @@ def inspect(
     console = Console()
     console.print(table)
     grouped = f" in groups of {facts['group_size']}" if facts["group_size"] else ""
+    grouped = " with a scale for each row" if facts["values"] == "fp8" else grouped
     values = f", values {facts['values']}{grouped}" if facts["values"] else ""
     console.print(
         f"{facts['kind']} {facts['architecture']}{values}, {facts['bytes'] / 1e6:.1f} MB of "

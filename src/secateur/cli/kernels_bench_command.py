@@ -40,7 +40,7 @@ def kernels(
         str, Option(help="Patterns, with commas; the dense control is always there.")
     ] = "2:4,4:16,50%@16x1,50%@8x1,50%@4x1,75%@16x1,50%,80%,90%",
     values: Annotated[
-        str, Option(help="Value types, with commas: fp32, bf16, fp16, int8, int4.")
+        str, Option(help="Value types, with commas: fp32, bf16, fp16, int8, int4, fp8.")
     ] = "bf16,int8,int4",
     tokens: Annotated[str, Option(help="Tokens at once, with commas: 1,4,16,64,128,512.")] = "1",
     threads: Annotated[

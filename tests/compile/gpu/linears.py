@@ -22,9 +22,10 @@ def pack(
 ) -> tuple[Pieces, torch.Tensor]:
     """A packed linear, and its dense weight in fp32, exactly."""
     if values in LIMITS:
-        quantised = rtn(weight, mask, LIMITS[values], group_size)
+        size = None if values == "fp8" else group_size
+        quantised = rtn(weight, mask, LIMITS[values], size or weight.shape[1])
         layer, tensors = encode_integers(quantised, mask, pattern, values)
-        own = (tensors.get(BITMASK), tensors[VALUES], tensors[SCALES], group_size)
+        own = (tensors.get(BITMASK), tensors[VALUES], tensors[SCALES], size)
     else:
         layer, bits, kept = encode(weight.to(DTYPES[values]), mask, pattern)
         own = (None if pattern.is_dense else bits, kept, None, None)

@@ -19,8 +19,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-STORED = {"bf16": "*bf16", "fp16": "*fp16", "int8": "*u8", "int4": "*u8"}
-BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+STORED = {"bf16": "*bf16", "fp16": "*fp16", "int8": "*u8", "int4": "*u8", "fp8": "*u8"}
+BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "fp8": 8}
 # As the 16-byte aligned pointers and multiples of 16 of a language model's layers are given.
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -36,10 +36,16 @@ def assembly(capability: int, pattern: str, values: str, width: int, kernel: str
 
     half = "*fp16" if values == "fp16" else "*bf16"
     types: dict[str, Any] = {"values": STORED[values], "bits": "*u8", "starts": "*i32"}
-    types |= {"scales": "*fp16", "dense": half, "x": half, "bias": half, "y": half}
+    types |= {
+        "scales": "*fp32" if values == "fp8" else "*fp16",
+        "dense": half,
+        "x": half,
+        "bias": half,
+        "y": half,
+    }
     types |= dict.fromkeys(("tokens", "rows", "columns", "blocks"), "i32")
     constants = {"BT": 16, "BR": 4096 // width, "BK": width, "TWO_FOUR": pattern == "2:4"}
-    constants |= {"BITS": BITS[values], "BIAS": False}
+    constants |= {"BITS": BITS[values], "FP8": values == "fp8", "BIAS": False}
     function = getattr(triton_kernels, kernel)
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     names = function.arg_names

@@ -27,7 +27,7 @@ def tensors(pieces: Pieces) -> dict[str, torch.Tensor]:
 
 def make(pieces: Pieces, dtype: torch.dtype, *, bias: bool = True) -> SparseLinear:
     layer: PackedLayer = pieces.layer
-    integers = pieces.value_type in ("int8", "int4")
+    integers = pieces.value_type in ("int8", "int4", "fp8")
     kind: Any = pieces.value_type if integers else None
     module = SparseLinear(
         "layer", layer, bias, dtype, value_type=kind, group_size=pieces.group_size

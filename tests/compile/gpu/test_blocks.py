@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secateur.compile import e4m3
 from secateur.compile.gpu.blocks import Blocks, make_blocks
 from tests.compile.gpu.linears import draw
 
@@ -24,6 +25,8 @@ def read(blocks: Blocks) -> np.ndarray:
         if blocks.value_type == "int4":
             flat = np.stack([flat & 15, flat >> 4], axis=1).reshape(-1)
         flat = flat.astype(np.int32) - ZERO[blocks.value_type]
+    elif blocks.value_type == "fp8":
+        flat = e4m3.NUMBERS[values.numpy().reshape(-1)]
     else:
         flat = values.float().numpy().reshape(-1)
     dense = np.zeros((rows, columns), np.float32)
@@ -37,7 +40,8 @@ def read(blocks: Blocks) -> np.ndarray:
             for row in range(i * height, (i + 1) * height):
                 if blocks.starts is None:
                     rank, first = 0, (row * columns + j * width) // 2
-                scale = 1.0 if blocks.scales is None else float(blocks.scales[j, row])
+                group = 0 if blocks.value_type == "fp8" else j
+                scale = 1.0 if blocks.scales is None else float(blocks.scales[group, row])
                 for column in range(j * width, (j + 1) * width):
                     if bits[row, column // 8] >> (column % 8) & 1:
                         dense[row, column] = flat[first + rank] * np.float32(scale)
@@ -50,7 +54,7 @@ def read(blocks: Blocks) -> np.ndarray:
 @settings(max_examples=20, deadline=None)
 @given(
     pattern=st.sampled_from(["2:4", "4:8", "1:4", "60%", "95%", "10%"]),
-    values=st.sampled_from(["bf16", "fp16", "int8", "int4"]),
+    values=st.sampled_from(["bf16", "fp16", "int8", "int4", "fp8"]),
     rows=st.integers(1, 70),
     groups=st.integers(1, 18),
     size=st.sampled_from([32, 64, 128]),
@@ -82,6 +86,8 @@ def test_stored_two_four_is_already_in_blocks() -> None:
         ("80%", "fp16", 0.525),
         ("50%", "int8", 0.625 + 2 / 128),
         ("80%", "int4", 0.225 + 2 / 128),
+        ("2:4", "fp8", 0.625 + 4 / 512),
+        ("80%", "fp8", 0.325 + 4 / 512),
     ],
 )
 def test_bytes_per_weight(pattern: str, values: str, each: float) -> None:

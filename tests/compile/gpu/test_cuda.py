@@ -47,7 +47,7 @@ def each(pattern: str, values: Any, rows: int, columns: int) -> tuple[dict[Any, 
     return dict(found), weight.cuda()
 
 
-@pytest.mark.parametrize("values", ["bf16", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("values", ["bf16", "fp16", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("rows", "columns"), [(256, 512), (72, 328)])
 def test_every_back_end_computes_the_product(

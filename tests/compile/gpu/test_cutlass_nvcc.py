@@ -21,8 +21,14 @@ import pytest
 
 from secateur.compile.gpu.cutlass import build
 from secateur.compile.gpu.cutlass.build import Built, build_library
-from secateur.compile.gpu.cutlass.kernels import TYPES, Kernel
-from secateur.compile.gpu.cutlass.library import Operands, SparseGemmLibrary, library_path
+from secateur.compile.gpu.cutlass.kernels import TYPES, Kernel, cutlass_path
+from secateur.compile.gpu.cutlass.library import (
+    Operands,
+    SparseGemmLibrary,
+    architecture_for,
+    library_path,
+)
+from secateur.compile.gpu.cutlass.source import HEADERS, kernel_source
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.timeout(1800)]
 
@@ -34,6 +40,11 @@ INSTRUCTIONS = {
     "sm_90a-bf16-128x128x128": r"HGMMA\.SP\.64x128x32\.F32\.BF16",
     "sm_90a-int8-bf16-128x128x128": r"IGMMA\.SP\.64x128x64\.S8\.S8",
     "sm_90a-fp8-bf16-64x16x128": r"QGMMA\.SP\.64x16x64\.F32\.E4M3\.E4M3",
+}
+# Of sm_100a the PTX says it: in the machine code the metadata is an operand, not a modifier.
+SM100 = {
+    "sm_100a-bf16-128x128x64": ("tcgen05.mma.sp.cta_group::1.kind::f16", "UTCHMMA"),
+    "sm_100a-fp8-bf16-128x128x128": ("tcgen05.mma.sp.cta_group::1.kind::f8f6f4", "UTCQMMA"),
 }
 CHOSEN = [Kernel.parse(name) for name in INSTRUCTIONS]
 DENSE = r"\b[HIQ]G?MMA\.(?!SP)"
@@ -119,6 +130,27 @@ def test_facts_of_the_kernels(compiled: Compiled) -> None:
         assert not facts.accepts(m, n, k + 1)
         assert library.usable(kernel.types, 4096, 64, 4096) == [kernel]
         assert library.usable(kernel.types, 4096, 64, 4096, facts.shared_bytes - 1) == []
+
+
+@pytest.mark.parametrize("name", SM100)
+def test_sm100_is_sparse_code_that_no_gpu_is_given(name: str, tmp_path: Path) -> None:
+    kernel, (instruction, machine) = Kernel.parse(name), SM100[name]
+    built = build_library("sm_100a", tmp_path, [kernel])
+    (facts,) = SparseGemmLibrary(built.path).kernels
+    assert (facts.name, facts.meta_tile_k, facts.d_column_major) == (name, -1, True)
+    (code,) = disassembled(built.path)
+    assert re.search(rf"\b{machine}\b", code)
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    source = tmp_path / "kernel.cu"
+    source.write_text(kernel_source(kernel))
+    includes = [f"-I{HEADERS}", f"-I{cutlass_path() / 'include'}"]
+    flags = [*build._FLAGS[:-1], "-arch=compute_100a", "-ptx", *includes]
+    command = [str(build.find_nvcc().path), *flags, str(source), "-o", str(tmp_path / "kernel.ptx")]
+    subprocess.run(command, check=True, capture_output=True)
+    multiplied = re.findall(r"tcgen05\.mma\S*", (tmp_path / "kernel.ptx").read_text())
+    assert multiplied
+    assert set(multiplied) == {instruction}
+    assert architecture_for((10, 0)) == "sm_80"
 
 
 SCRIPT = """

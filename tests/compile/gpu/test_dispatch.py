@@ -18,7 +18,11 @@ from secateur.pattern import Pattern
 
 NO_CUTLASS: Any = {"cutlass": "torch has it for compute capability 8.x, and this is 9.0"}
 NO_LT: Any = {"cusparselt": "torch was built without it"}
-A100, H100 = Machine((8, 0)), Machine((9, 0), NO_CUTLASS)
+NO_OWN: Any = dict.fromkeys(("own", "own-fp8"), "it was not built")
+NO_FP8: Any = dict.fromkeys(("own-fp8", "cusparselt-fp8", "scaled-mm"), "needs 8.9")
+A100, H100 = Machine((8, 0), NO_OWN | NO_FP8), Machine((9, 0), NO_OWN | NO_CUTLASS)
+BUILT = Machine((9, 0), NO_CUTLASS)
+NO_SPARSE = Machine((8, 9), NO_OWN | {"cusparselt-fp8": "a trial product failed"})
 TENSOR_CORES = "sparse tensor cores take 2:4, not"
 SCALES = "sparse tensor cores know no group scales, which"
 
@@ -29,7 +33,8 @@ def weight(
     chosen = Pattern.parse(pattern)
     kept = chosen.n / chosen.m if chosen.is_nm else 1 - float(chosen.removed)
     dtype = more.get("dtype", values if values in ("bf16", "fp16") else "bf16")
-    return Weight(rows, columns, chosen, kept, values, dtype)
+    rounds = more.get("round_inputs", True)
+    return Weight(rows, columns, chosen, kept, values, dtype, rounds)
 
 
 # weight, machine, what computes 1, 64, 65, 128, 129 and 5000 tokens, the start of the reason
@@ -37,11 +42,21 @@ TABLE = [
     (weight(), A100, "T T C C C C", None),
     (weight(values="fp16"), A100, "T T C C C C", None),
     (weight(), H100, "T T L L L L", None),
-    (weight(), Machine((8, 9), NO_LT), "T T C C C C", None),
-    (weight(), Machine((8, 6), {"cutlass": "broken"}), "T T L L L L", None),
-    (weight(), Machine((9, 0), NO_CUTLASS | NO_LT), "T T T T U U", "no torch's CUTLASS: torch has"),
+    (weight(), Machine((8, 9), NO_OWN | NO_LT), "T T C C C C", None),
+    (weight(), Machine((8, 6), NO_OWN | {"cutlass": "broken"}), "T T L L L L", None),
+    (
+        weight(),
+        Machine((9, 0), NO_OWN | NO_CUTLASS | NO_LT),
+        "T T T T U U",
+        "no secateur's CUTLASS: it was not built; no cuSPARSELt: torch was built without it; no "
+        "torch's CUTLASS: torch has",
+    ),
+    (weight(), BUILT, "T T O O O O", None),
+    (weight(), Machine((8, 0)), "T T O O O O", None),
+    (weight(rows=36, columns=44), BUILT, "T T O O O O", None),
+    (weight("2:4", "int8"), BUILT, "T T T T U U", f"{SCALES} int8 values have"),
     (weight(rows=36, columns=44), A100, "T T C C C C", None),
-    (weight(rows=36, columns=44), H100, "T T T T U U", "no torch's CUTLASS"),
+    (weight(rows=36, columns=44), H100, "T T T T U U", "no secateur's CUTLASS"),
     (weight("2:4", "int8"), A100, "T T T T U U", f"{SCALES} int8 values have"),
     (weight("2:4", "int4"), H100, "T T T T U U", f"{SCALES} int4 values have"),
     (weight("50%"), A100, "T T T T U U", f"{TENSOR_CORES} 50%"),
@@ -53,10 +68,26 @@ TABLE = [
     (weight("10%", "int8"), A100, "T T T T U U", f"{TENSOR_CORES} 10%"),
     (weight(values="fp32", dtype="fp32"), A100, "D D D D D D", "the kernels take bf16 and fp16"),
     (weight(values="int8", dtype="fp32"), A100, "D D D D D D", "the kernels take bf16 and fp16"),
+    (weight(values="fp8"), BUILT, "T T o o o o", None),
+    (weight(values="fp8", dtype="fp16"), BUILT, "T T o o o o", None),
+    (weight(values="fp8"), H100, "T T l l l l", None),
+    (weight(values="fp8"), NO_SPARSE, "T T T T S S", None),
+    (weight("50%", "fp8"), H100, "T T T T S S", None),
+    (weight("50%", "fp8", 4096, 4100), H100, "T T T T U U", f"{TENSOR_CORES} 50%; 4096x4100 is no"),
+    (
+        weight("50%", "fp8", dtype="fp16"),
+        H100,
+        "T T T T U U",
+        f"{TENSOR_CORES} 50%; torch._scaled_mm with scales of rows gives bf16, not fp16",
+    ),
+    (weight(values="fp8"), A100, "T T T T U U", "no secateur's CUTLASS with inputs in fp8: needs"),
+    (weight(values="fp8", round_inputs=False), H100, "T T T T U U", "inputs are not to be rounded"),
+    (weight("dense", "fp8"), H100, "D D D D D D", "no weight was removed"),
     (weight(), Machine((7, 5)), "D D D D D D", "the kernels need compute capability 8.0"),
     (weight(), Machine((8, 0), {"triton": "it is not there"}), "D D D D D D", "it is not there"),
 ]
 LETTERS = {"T": "triton", "C": "cutlass", "L": "cusparselt", "U": "unpack", "D": "dense"}
+LETTERS |= {"O": "own", "o": "own-fp8", "l": "cusparselt-fp8", "S": "scaled-mm"}
 
 
 @pytest.mark.parametrize(("given", "machine", "ends", "why"), TABLE)
@@ -184,23 +215,38 @@ def test_the_doctor_says_what_is_there_and_why_not(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(machine, "read", lambda _: H100)
     assert machine.diagnosis() == {
         "gpu triton": "can be used",
+        "gpu own": "not used: it was not built",
         "gpu cutlass": f"not used: {NO_CUTLASS['cutlass']}",
         "gpu cusparselt": "can be used",
+        "gpu own-fp8": "not used: it was not built",
+        "gpu cusparselt-fp8": "can be used",
+        "gpu scaled-mm": "can be used",
         "gpu 2:4 bf16": "Triton up to 64 tokens, cuSPARSELt above (built-in crossover)",
         "gpu 2:4 int4": str(choose(weight("2:4", "int4"), H100)),
+        "gpu 2:4 fp8": "Triton up to 64 tokens, cuSPARSELt with inputs in fp8 above (built-in "
+        "crossover)",
         "gpu 50% bf16": str(choose(weight("50%"), H100)),
     }
 
 
-def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capability", [(9, 0), (8, 6)])
+def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(machine, "_trial", lambda end, _: f"{end} has a fault")
     machine.read.cache_clear()
     facts = machine.read(device)
     machine.read.cache_clear()
-    assert facts.capability == (9, 0)
-    assert facts.absent["cutlass"].endswith("capability 8.x, and this is 9.0")
+    assert facts.capability == capability
+    if capability == (9, 0):
+        assert facts.absent["cutlass"].endswith("capability 8.x, and this is 9.0")
+        assert facts.absent["scaled-mm"] == "scaled-mm has a fault"
+        assert facts.absent["own-fp8"] == "own-fp8 has a fault"
+    else:
+        assert facts.absent["cutlass"] == "cutlass has a fault"
+        assert facts.absent["scaled-mm"].endswith("8.9 on, and this is 8.6")
+        assert facts.absent["own-fp8"] == facts.absent["scaled-mm"]
+    assert facts.absent["own"] == "own has a fault"
     built = torch.backends.cusparselt.is_available()
     assert facts.absent["cusparselt"] == (
         "cusparselt has a fault" if built else f"torch {torch.__version__} was built without it"

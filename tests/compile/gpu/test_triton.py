@@ -9,9 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secateur.compile.config import PackedLayer
 from secateur.compile.gpu import triton_product
 from secateur.compile.gpu.blocks import make_blocks
 from secateur.compile.gpu.triton_product import multiply, parts_of, tile_tokens, unpack
+from secateur.compile.packed import decode
+from secateur.compile.packed import pieces as packed_pieces
 from secateur.pattern import Pattern
 from tests.compile.gpu.linears import HALVES, assert_product, draw, pack
 
@@ -22,7 +25,7 @@ def test_the_kernels_are_interpreted() -> None:
     assert triton_product.INTERPRETED
 
 
-@pytest.mark.parametrize("values", ["bf16", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("values", ["bf16", "fp16", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_products_and_unpacked_weights(pattern: str, values: str) -> None:
     pieces, weight = draw(pattern, values, 40, 168, 64)
@@ -37,8 +40,27 @@ def test_products_and_unpacked_weights(pattern: str, values: str) -> None:
     assert torch.equal(unpack(blocks, dtype), weight.to(dtype))
 
 
+def test_fp8_of_every_byte() -> None:
+    """Both signs, subnormals and zeros, as fp16, bf16 and bytes."""
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers = numbers[~numbers.view(torch.float8_e4m3fn).float().isnan()][:252].view(2, 126)
+    bits = torch.full((2, 32), 0x33, dtype=torch.uint8)
+    bits[:, -1] = 0x03
+    kept = torch.cat([numbers, torch.zeros(2, 0, dtype=torch.uint8)], dim=1)
+    layer = PackedLayer(pattern=Pattern.parse("2:4"), shape=(2, 252), kept=252, per_row=126)
+    scales = torch.tensor([[0.75], [2.0]])
+    blocks = make_blocks(packed_pieces("layer", layer, bits, kept, scales))
+    exact = decode("layer", layer, bits, kept, scales)
+    for dtype in HALVES.values():
+        assert torch.equal(unpack(blocks, dtype), exact.to(dtype))
+        x = torch.eye(252, dtype=dtype)
+        assert torch.equal(multiply(x, blocks).t(), exact.to(dtype))
+    stored = unpack(blocks, torch.uint8).view(torch.float8_e4m3fn)
+    assert torch.equal(stored.float() * scales, exact)
+
+
 @settings(max_examples=15, deadline=None)
-@given(data=st.data(), values=st.sampled_from(["bf16", "fp16", "int8", "int4"]))
+@given(data=st.data(), values=st.sampled_from(["bf16", "fp16", "int8", "int4", "fp8"]))
 def test_any_mask_shape_and_number_of_tokens(data: st.DataObject, values: Any) -> None:
     """Ragged edges, empty and full rows and blocks, rows of zeros."""
     rows, columns = data.draw(st.integers(1, 80)), data.draw(st.integers(2, 300))
@@ -67,7 +89,7 @@ def test_any_mask_shape_and_number_of_tokens(data: st.DataObject, values: Any) -
     rows=st.integers(1, 80),
     groups=st.integers(1, 80),
     tokens=st.integers(1, 20),
-    values=st.sampled_from(["bf16", "fp16", "int8", "int4"]),
+    values=st.sampled_from(["bf16", "fp16", "int8", "int4", "fp8"]),
 )
 def test_two_four_of_any_shape(rows: int, groups: int, tokens: int, values: str) -> None:
     pieces, weight = draw("2:4", values, rows, 4 * groups)

@@ -19,12 +19,13 @@ CONFIGURATIONS = {
     "80:2:4:int4": (4, "HMMA.16816.F32.BF16"),
     "80:50%:fp16": (8, "HMMA.16816.F32"),
     "80:50%:int8": (4, "HMMA.16816.F32.BF16"),
+    "80:2:4:fp8": (4, "HMMA.16816.F32.BF16"),
     "90:2:4:int8:64": (2, "HGMMA.64x16x16.F32.BF16"),
     "90:50%:bf16": (8, "HMMA.16816.F32.BF16"),
 }
 # What a thread issues for each of its weights; more would be a loss of speed to look into.
 MOST = {"2:4": {16: 7.5, 8: 9.5, 4: 9.5}, "50%": {16: 13, 8: 16.5, 4: 17}}
-BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "fp8": 8}
 
 
 @pytest.fixture(scope="module")

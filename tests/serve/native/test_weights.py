@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from secateur.compile import pack_model
+from secateur.compile import pack_model, write_dense
 from secateur.compile.nearest import pack_nibbles, round_to_nearest
 from secateur.compile.quantize import rtn
 from secateur.compile.stored import unpack_nibbles
@@ -33,7 +33,7 @@ DOWN = "model.layers.1.mlp.down_proj"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("made")
     pruned = prune_by_hand(home / "pruned", "2:4", kind="qwen2", inner=80)
-    for values in ("fp32", "int8", "int4"):
+    for values in ("fp32", "int8", "int4", "fp8"):
         pack_model(
             pruned,
             home / values,
@@ -69,6 +69,8 @@ DAMAGE: list[tuple[str, str, str, Callable[[torch.Tensor], Any], str]] = [
     ("int4", "model.safetensors", f"{DOWN}.weight_values", first_set_to(0x88), "-8, below -7"),
     ("int8", "model.safetensors", f"{DOWN}.weight_scales", first_set_to(-1), "negative"),
     ("int8", "model.safetensors", f"{DOWN}.weight_scales", first_set_to(torch.inf), "not finite"),
+    ("fp8", "model.safetensors", f"{DOWN}.weight_values", first_set_to(255), "value 0 is NaN"),
+    ("fp8", "model.safetensors", f"{DOWN}.weight_scales", first_set_to(-1), "negative"),
     ("int8", "model.safetensors", "model.norm.weight", first_set_to(torch.nan), "holds NaN"),
     ("int8", "model.safetensors", "model.norm.weight", lambda x: x[1:].clone(), "has shape"),
     ("int8", "model.safetensors", "lm_head.weight", first_set_to(torch.inf), "holds NaN or inf"),
@@ -135,6 +137,18 @@ def test_a_truncated_file_is_refused(cut: int, made: Path, tmp_path: Path) -> No
 def test_packed_linears_keep_their_type(made: Path) -> None:
     with pytest.raises(UsageError, match="packed as int8, not bf16"):
         NativeModel.open(made / "int8", values="bf16")
+
+
+def test_fp8_is_computed_exactly_as_its_dense_twin(made: Path, tmp_path: Path) -> None:
+    write_dense(made / "fp8", tmp_path / "dense")
+    texts = random_texts(np.random.default_rng(0), 64, [30, 7])
+    with NativeModel.open(made / "fp8", kv_type="fp32") as opened:
+        found = random_steps(opened, texts, np.random.default_rng(0))
+        said = [str(use) for use in opened.report if "fp8" in str(use)]
+    assert said
+    assert all("bf16 values" in use and "scales of their rows, exactly" in use for use in said)
+    for one, right in zip(found, reference(tmp_path / "dense", texts), strict=True):
+        np.testing.assert_allclose(one, right, atol=1e-4)
 
 
 def test_shards_and_an_embedding_at_an_odd_place(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Products of fp8 weights with inputs that are rounded to fp8, by torch's kernels.
+
+    y [tokens, rows] = (x8 @ w8.T) * scale of the token * scale of the row + bias
+
+Each token's inputs have a scale (`secateur.compile.quantize.round_tokens`), as in vLLM. The sums
+are fp32. Not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from secateur.compile.quantize import round_tokens
+
+_TOKENS = 16  # that cuSPARSELt takes a multiple of, in 8 bits
+
+
+def compress(weight: torch.Tensor) -> torch.Tensor:
+    """A 2:4 weight, float8_e4m3fn ``[rows, columns]``, in the form of cuSPARSELt."""
+    return torch._cslt_compress(weight)
+
+
+def sparse_product(
+    compressed: torch.Tensor, x: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """By cuSPARSELt, which knows no scales of tokens: it gives fp32, and torch does the rest.
+
+    Args:
+        compressed: of `compress`.
+        x: ``[tokens, columns]``.
+        scales: fp32 ``[rows]``.
+        bias: ``[rows]`` of x's type.
+
+    Returns:
+        ``[tokens, rows]`` of x's type, rounded once.
+    """
+    values, own = round_tokens(pad(x, (0, 0, 0, -len(x) % _TOKENS)))
+    sums = torch._cslt_sparse_mm(
+        compressed, values.t(), out_dtype=torch.float32, transpose_result=True
+    )
+    y = sums[: len(x)] * scales * own[: len(x)]
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def scaled_product(
+    weight: torch.Tensor, x: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """By ``torch._scaled_mm`` on a dense weight.
+
+    Args:
+        weight: float8_e4m3fn ``[rows, columns]``, both multiples of 16.
+        x: bf16 ``[tokens, columns]``: with scales of rows there is no other result.
+        scales: fp32 ``[rows]``.
+        bias: bf16 ``[rows]``.
+    """
+    values, own = round_tokens(x)
+    return torch._scaled_mm(
+        values, weight.t(), own, scales[None, :].contiguous(), bias=bias, out_dtype=x.dtype
+    )
