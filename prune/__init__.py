@@ -4,6 +4,7 @@ from secateur.prune.allocate import ALLOCATIONS
 from secateur.prune.layer import LayerResult, prune_layer
 from secateur.prune.method import Method, Problem, Refinement, Solution
 from secateur.prune.methods import METHODS, REFINEMENTS, find_method
+from secateur.prune.narrowing import STRUCTURED
 from secateur.prune.plan import LayerPlan, Plan
 from secateur.prune.stage import PruneResult, plan, prune_model
 
@@ -11,6 +12,7 @@ __all__ = [
     "ALLOCATIONS",
     "METHODS",
     "REFINEMENTS",
+    "STRUCTURED",
     "LayerPlan",
     "LayerResult",
     "Method",

@@ -69,6 +69,9 @@ class Prune(Section):
         description="Reorder channels inside blocks so that N:M keeps more; the dense model's "
         "output stays the same and nothing is slower.",
     )
+    multiple: int = Field(
+        16, ge=1, description="Structured methods: widths of MLPs are multiples of this."
+    )
     strict: bool = Field(
         False, description="Refuse the model if a layer cannot hold its pattern (else: dense)."
     )
