@@ -1,6 +1,7 @@
 """The prune stage: which weights go, and what the others become."""
 
 from secateur.prune.allocate import ALLOCATIONS
+from secateur.prune.heal import HealResult, heal_model
 from secateur.prune.layer import LayerResult, prune_layer
 from secateur.prune.method import Method, Problem, Refinement, Solution
 from secateur.prune.methods import METHODS, REFINEMENTS, find_method
@@ -13,6 +14,7 @@ __all__ = [
     "METHODS",
     "REFINEMENTS",
     "STRUCTURED",
+    "HealResult",
     "LayerPlan",
     "LayerResult",
     "Method",
@@ -22,6 +24,7 @@ __all__ = [
     "Refinement",
     "Solution",
     "find_method",
+    "heal_model",
     "plan",
     "prune_layer",
     "prune_model",

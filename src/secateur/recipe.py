@@ -98,6 +98,41 @@ class Prune(Section):
         return chosen
 
 
+class Heal(Section):
+    """Training of what is kept towards the dense model."""
+
+    data: str = Field(
+        "wikitext2", description="Text to train on: as calibration.data, without 'self'."
+    )
+    teacher: str | None = Field(
+        None, description="The dense model; None: the one that was pruned, if it is on the hub."
+    )
+    tokens: int = Field(160_000, ge=1, description="How many are trained on; the budget.")
+    length: int = Field(256, ge=2, description="Tokens per sequence.")
+    batch: int = Field(2, ge=1, description="Sequences per step.")
+    at_once: int = Field(2, ge=1, description="Sequences in memory at once.")
+    train: Literal["kept", "lora", "norms"] = Field(
+        "kept",
+        description="'kept': all kept weights; 'lora': low-rank changes under the masks, merged at "
+        "the end; 'norms': norms and biases.",
+    )
+    rank: int = Field(16, ge=1, description="lora: rank of the change of a matrix.")
+    rate: float = Field(2e-4, gt=0, description="Highest learning rate; it rises, then falls.")
+    hidden: float = Field(0.0, ge=0, description="Weight of the blocks' outputs in the loss.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of a step's gradient.")
+    held_out: int = Field(8, ge=1, description="Sequences that are measured on instead.")
+    every: int = Field(50, ge=1, description="Steps between measurements; a run resumes there.")
+    patience: int = Field(3, ge=1, description="Stop after this many without improvement.")
+    checkpointing: bool = Field(
+        False, description="Compute activations twice instead of keeping them."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of the computation; weights are trained in fp32."
+    )
+    device: Literal["auto", "cpu"] = Field("auto", description="'auto' or 'cpu'.")
+    seed: int = Field(0, ge=0, description="Decides the order of the text.")
+
+
 class Compile(Section):
     """How the kept weights are stored."""
 
