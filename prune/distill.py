@@ -23,6 +23,8 @@ from typing import Literal
 import torch
 from torch.nn.utils import parametrize
 
+from secateur.errors import ModelError
+
 Train = Literal["kept", "lora", "norms"]
 
 
@@ -64,9 +66,17 @@ def choose_trained(
         masks: keep-masks of pruned weights by the names of the parameters, like these.
         train: which are trained.
         rank: of "lora".
+
+    Raises:
+        ModelError: the model keeps pruned weights in other parameters (fused experts).
     """
     model.requires_grad_(False)
     names = dict(model.named_parameters())
+    if unknown := sorted(masks.keys() - names.keys()):
+        raise ModelError(
+            f"the pruned weight {unknown[0]} is no parameter of its own in transformers' model",
+            "such models cannot be healed yet",
+        )
     for name, parameter in names.items():
         matrix = parameter.ndim == 2
         if matrix and (train == "norms" or not name.startswith(f"{blocks}.")):

@@ -118,7 +118,8 @@ class Narrowing:
         tensors = {"removed": torch.tensor(choice.removed, dtype=torch.float64)}
         for index, kept in enumerate(choice.shape.blocks):
             if kept is not None:
-                tensors |= {f"{index}.groups": kept.groups, f"{index}.channels": kept.channels}
+                tensors[f"{index}.groups"] = kept.groups.clone()
+                tensors[f"{index}.channels"] = kept.channels.clone()
         tensors["done"] = torch.tensor(choice.done)
         tensors |= {f"facts.{key}": torch.tensor(value) for key, value in choice.facts.items()}
         save_tensors(self.path / CHOICE, tensors)

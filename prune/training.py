@@ -88,7 +88,7 @@ class Training:
         torch.manual_seed(heal.seed)
         self.trained = choose_trained(self.student, self.blocks, self.masks, heal.train, heal.rank)
         if heal.checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+            self.student.activation_checkpointing_enable({"use_reentrant": False})
             self.student.train()  # checkpoints only then; these models have no dropout
         precision = {"fp32": "no", "bf16": "bf16"}[heal.precision]
         self.accelerator = Accelerator(mixed_precision=precision, cpu=heal.device == "cpu")
