@@ -2,6 +2,7 @@
 
 from secateur.prune.allocate import ALLOCATIONS
 from secateur.prune.heal import HealResult, heal_model
+from secateur.prune.interleave import share_of_round
 from secateur.prune.layer import LayerResult, prune_layer
 from secateur.prune.method import Method, Problem, Refinement, Solution
 from secateur.prune.methods import METHODS, REFINEMENTS, find_method
@@ -28,4 +29,5 @@ __all__ = [
     "plan",
     "prune_layer",
     "prune_model",
+    "share_of_round",
 ]

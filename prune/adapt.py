@@ -20,6 +20,7 @@ as they do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +38,7 @@ from secateur.prune.structured import (
 from secateur.prune.taylor import Order
 from secateur.recipe import Section
 
+Scale = Literal["range", "rank"]
 _MOST = 0.99
 
 
@@ -48,12 +50,17 @@ class Settings(Section):
         0.02, ge=0, description="A: how much more the least important block loses in a step."
     )
     sequences: int = Field(8, ge=1, description="Calibration sequences that a step reads.")
+    scale: Scale = Field(
+        "range", description="Of importances: 'range', the paper's, or 'rank': evenly spread."
+    )
     order: Order = Field("first", description="Taylor score: first, second, mixed or vector.")
 
 
-def importance(similarity: Sequence[float]) -> torch.Tensor:
+def importance(similarity: Sequence[float], scale: Scale = "range") -> torch.Tensor:
     """Ĩ: importance of blocks from the cosines between their inputs and outputs, ``[blocks]``."""
     negative = -torch.tensor(similarity, dtype=torch.float64)
+    if scale == "rank":
+        negative = negative.argsort().argsort().double()
     centred = negative - negative.mean()
     return centred / centred.abs().max().clamp_min(1e-30)
 
@@ -88,7 +95,10 @@ def adapt(
         ]
         found = survey.taylor(choice.shape, settings.order, reads)
         after = next_removed(
-            choice.removed, importance(found.similarity), settings.step, settings.amplitude
+            choice.removed,
+            importance(found.similarity, settings.scale),
+            settings.step,
+            settings.amplitude,
         )
         choice = _stepped(choice, after, found, original, budget)
         yield choice

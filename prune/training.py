@@ -77,10 +77,12 @@ class Training:
                 f"hidden states cannot be compared: {counts[0]} blocks, and {counts[1]} before",
                 "use --hidden 0",
             )
-        windows = self.text[: len(self.text) // heal.length * heal.length].view(-1, heal.length)
+        longest = int(getattr(self.student.config, "max_position_embeddings", heal.length))
+        self.length = length = min(heal.length, longest)
+        windows = self.text[: len(self.text) // length * length].view(-1, length)
         if len(windows) < 2 * heal.held_out:
             raise ModelError(
-                f"the text has {len(windows)} windows of {heal.length} tokens, and "
+                f"the text has {len(windows)} windows of {length} tokens, and "
                 f"{heal.held_out} are measured on",
                 "give a longer text, or a smaller --length or --held-out",
             )
@@ -101,7 +103,7 @@ class Training:
     @property
     def steps(self) -> int:
         """Steps that the token budget is worth."""
-        return max(1, self.heal.tokens // (self.heal.batch * self.heal.length))
+        return max(1, self.heal.tokens // (self.heal.batch * self.length))
 
     def run(self, tick: Tick = no_tick) -> dict[str, Any]:
         """Train until the budget is spent or the divergence stops falling.
@@ -120,7 +122,7 @@ class Training:
         return {
             "before": self.history[0],
             "after": min(self.history),
-            "tokens": self.step * self.heal.batch * self.heal.length,
+            "tokens": self.step * self.heal.batch * self.length,
             "steps": (self.step, self.steps),
             "stopped_early": self.step < self.steps,
         }

@@ -108,13 +108,19 @@ class Heal(Section):
         None, description="The dense model; None: the one that was pruned, if it is on the hub."
     )
     tokens: int = Field(160_000, ge=1, description="How many are trained on; the budget.")
-    length: int = Field(256, ge=2, description="Tokens per sequence.")
+    length: int = Field(256, ge=2, description="Tokens per sequence; capped by the model.")
     batch: int = Field(2, ge=1, description="Sequences per step.")
     at_once: int = Field(2, ge=1, description="Sequences in memory at once.")
     train: Literal["kept", "lora", "norms"] = Field(
         "kept",
         description="'kept': all kept weights; 'lora': low-rank changes under the masks, merged at "
         "the end; 'norms': norms and biases.",
+    )
+    rounds: int = Field(
+        1,
+        ge=1,
+        description="`secateur run`: prune and heal in this many rounds, P% and tokens being "
+        "shared out among them.",
     )
     rank: int = Field(16, ge=1, description="lora: rank of the change of a matrix.")
     rate: float = Field(2e-4, gt=0, description="Highest learning rate; it rises, then falls.")
@@ -194,6 +200,7 @@ class Recipe(Section):
     output: str = Field(description="Directory that receives everything.")
     calibration: Calibration = Calibration()
     prune: Prune = Prune()
+    heal: Heal | None = Field(None, description="Training after pruning; None: none.")
     compile: Compile = Compile()
     serve: Serve = Serve()
     bench: Bench = Bench()

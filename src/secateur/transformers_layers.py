@@ -9,6 +9,7 @@ config refuses to answer, as the answer depends on the block. Every decoder laye
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -62,3 +63,8 @@ def _install() -> None:
 
 
 _install()
+# It warns of every reading of a size at the top, e.g. by its own check of the config: here the
+# blocks do get their own.
+logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
+    lambda record: not record.getMessage().startswith("Reading global config value")
+)

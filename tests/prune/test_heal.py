@@ -16,7 +16,7 @@ from secateur.artifact import Manifest
 from secateur.checkpoint import Checkpoint, file_sha256
 from secateur.errors import ModelError, UsageError
 from secateur.model import load_causal_lm
-from secateur.prune import HealResult, heal_model, prune_model
+from secateur.prune import HealResult, heal_model, prune_model, share_of_round
 from secateur.prune.distill import (
     LowRank,
     learning_rate,
@@ -217,3 +217,21 @@ def test_the_command_heals(
     assert ran.returncode == 0, ran.stderr
     assert "healed on 256 tokens" in ran.stdout
     assert (tmp_path / "healed" / "manifest.json").exists()
+
+
+@given(percent=st.integers(5, 90), rounds=st.integers(1, 9), tokens=st.integers(9, 10**6))
+def test_rounds_add_up(percent: int, rounds: int, tokens: int) -> None:
+    prune = Prune.model_validate({"method": "adapt", "pattern": f"{percent}%"})
+    heal = Heal(tokens=tokens, rounds=rounds)
+    shares = [share_of_round(prune, heal, number) for number in range(rounds)]
+    left = 1.0
+    for number, (own, _) in enumerate(shares):
+        before = left
+        left *= 1 - float(own.pattern.removed)
+        assert before - left == pytest.approx(percent / 100 / rounds, abs=2e-6 * (number + 1))
+    assert sum(own.tokens for _, own in shares) == tokens
+
+
+def test_rounds_of_zeroing_methods_are_refused() -> None:
+    with pytest.raises(UsageError, match="in 2 rounds"):
+        share_of_round(Prune(), Heal(rounds=2), 0)

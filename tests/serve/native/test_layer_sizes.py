@@ -13,9 +13,8 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from stepping import random_steps, random_texts, reference
 
-from secateur.compile import FORMATS
+from secateur.compile import FORMATS, write_dense
 from secateur.errors import ModelError
 from secateur.layer_sizes import LayerSizes, read_layer_sizes, with_layer_sizes
 from secateur.model import load_causal_lm
@@ -23,6 +22,7 @@ from secateur.prune import prune_model
 from secateur.recipe import Calibration, Prune
 from secateur.serve.native.config import read_architecture
 from secateur.serve.native.model import NativeModel
+from tests.serve.native.stepping import random_steps, random_texts, reference
 
 COMMON = LayerSizes(4, 2, 48)
 # Other groups of query heads, more KV heads than at first, the least there can be.
@@ -141,14 +141,15 @@ def test_smaller_matrices_sparsity_and_integers_compose(
     FORMATS["packed"].write(tmp_path / "b", tmp_path / "c", values="int8", quantize="rtn")
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     assert config["per_layer_config"]
-    ids = torch.arange(3, 33)
-    with torch.no_grad():
-        packed = load_causal_lm(tmp_path / "c", torch.float32)(ids[None]).logits[0]
-        plain = load_causal_lm(tmp_path / "b", torch.float32)(ids[None]).logits[0]
-    with NativeModel.open(tmp_path / "c", kv_type="fp32", kv_bytes=1 << 20) as model:
-        rows = random_steps(model, [ids.tolist()], np.random.default_rng(0))
-        found = torch.from_numpy(rows[0])
+    write_dense(tmp_path / "c", tmp_path / "twin", values="fp32")
+    text_ids = list(range(3, 33))
+    right = reference(tmp_path / "twin", [text_ids])[0]
+    options: dict[str, Any] = {"kv_type": "fp32", "kv_bytes": 1 << 20, "head": "fp32"}
+    with NativeModel.open(tmp_path / "c", activations="fp32", **options) as model:
         assert any(use.layout != "dense" and use.values == "int8" for use in model.report)
-    scale = plain.abs().max()
-    assert (packed - plain).abs().max() < 0.05 * scale  # eight bits
-    assert (found - packed).abs().max() < 0.05 * scale  # and of the activations
+        found = random_steps(model, [text_ids], np.random.default_rng(0))[0]
+    assert np.abs(found - right).max() < 1e-4 * np.abs(right).max()
+    with torch.no_grad():
+        packed = load_causal_lm(tmp_path / "c", torch.float32)(torch.tensor([text_ids])).logits[0]
+    error = np.square(packed.numpy() - right).mean() / np.square(right).mean()
+    assert np.sqrt(error) < 0.15  # activations of eight bits, in a model of random weights
