@@ -157,6 +157,27 @@ class PrunedSource(Source):
         return mask
 
 
+class NarrowedSource(Source):
+    """A directory that a structured method wrote: all its linears are dense, and smaller."""
+
+    kind = "narrowed"
+
+    def __init__(self, path: str | Path, manifest: Manifest) -> None:
+        super().__init__(Checkpoint(path))
+        self.manifest = manifest
+        self.seed, self.recipe = manifest.seed, manifest.recipe
+        self.layers, self.notes = manifest.layers, list(manifest.notes)
+        self.kept_dense = dict.fromkeys(manifest.layers, "it was made smaller, not sparse")
+
+    def provenance(self) -> dict[str, Any]:
+        """As of `Source`, with the source of the narrowed model."""
+        return super().provenance() | {"source": self.manifest.source}
+
+    def mask(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """All ones."""
+        return torch.ones_like(weight, dtype=torch.bool)
+
+
 class ZerosSource(Source):
     """An orphaned checkpoint, or plain weights with zeros in place: the zeros tell the pattern."""
 
@@ -302,7 +323,7 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
     """Open a directory that another form can be made of.
 
     Args:
-        path: of a pruned model, an orphan, or weights with zeros in place.
+        path: of a pruned or narrowed model, an orphan, or weights with zeros in place.
         packed: whether it may be a packed model.
 
     Raises:
@@ -311,6 +332,8 @@ def open_source(path: str | Path, packed: bool = False) -> Source:
     manifest = Manifest.read(path) if (Path(path) / MANIFEST).exists() else None
     if manifest is not None and manifest.kind == "pruned":
         return PrunedSource(path, manifest)
+    if manifest is not None and manifest.kind == "narrowed":
+        return NarrowedSource(path, manifest)
     if manifest is not None and manifest.kind == "packed":
         if packed:
             return PackedSource(path, manifest)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from secateur.artifact import Artifact, LayerFacts, Manifest, library_versions, refuse_existing
 from secateur.calibration import calibration_inputs
@@ -15,6 +15,8 @@ from secateur.device import choose_device
 from secateur.errors import UsageError
 from secateur.model import StreamedModel
 from secateur.prune.memory import LIBRARIES, resident
+from secateur.prune.narrowed import NarrowedModel
+from secateur.prune.narrowing import Narrowing, find_structured, is_structured
 from secateur.prune.plan import Plan, allocated, plan_model, steps_of
 from secateur.prune.work import Work
 from secateur.recipe import Calibration, Prune
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     import torch
 
 _SAMPLES = "calibration.safetensors"
+_NARROWED_CARD = """# {name}, made smaller by secateur
+
+Method `{method}`: {note}.
+
+An ordinary Hugging Face model. If its blocks differ in size, `config.json` says so in
+`per_layer_config`: secateur's engines open it, and transformers after `import secateur`.
+
+The licence and the limits of the original model apply.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +56,15 @@ class PruneResult:
 
 
 def plan(model: str, prune: Prune, calibration: Calibration, cache: Path | None = None) -> Plan:
-    """What `prune_model` would do, without reading a weight."""
+    """What `prune_model` would do, without reading a weight.
+
+    Raises:
+        UsageError: as `prune_model`; or a structured method, which decides by measuring.
+    """
+    if is_structured(prune.method):
+        raise UsageError(
+            f"what {prune.method!r} removes is found out by measuring", "drop --dry-run"
+        )
     return plan_model(_open(model, prune, cache), prune, calibration)
 
 
@@ -76,19 +95,15 @@ def prune_model(
         ModelError: a model or text that is missing, damaged or unsupported.
     """
     prune, calibration = prune or Prune(), calibration or Calibration()
+    if is_structured(prune.method):
+        return _narrow(model, Path(output), prune, calibration, overwrite, quiet, cache)
     method, allocation = steps_of(prune)
     refuse_existing(Path(output), overwrite)
     streamed = _open(model, prune, cache)
     plan = plan_model(streamed, prune, calibration)
     checkpoint = streamed.checkpoint
     started = time.monotonic()
-    source = {"model": Path(model).name if Path(model).exists() else model}
-    source["sha256"] = checkpoint.sha256()  # type: ignore[assignment]
-    recipe = {"calibration": calibration.model_dump(), "prune": prune.model_dump(mode="json")}
-    # The same work whatever memory it has.
-    identity = {"source": source["sha256"], **recipe} | {
-        "prune": recipe["prune"] | {"memory": None}
-    }
+    source, recipe, identity = _identity(model, checkpoint, prune, calibration)
     with Artifact(output, identity, overwrite) as artifact:
         work = Work(artifact.path, streamed, plan, method, prune)
         first = work.first_unfinished()
@@ -116,21 +131,76 @@ def prune_model(
     return PruneResult(Path(output), manifest, seconds, first or None)
 
 
-def _open(model: str, prune: Prune, cache: Path | None) -> StreamedModel:
+def _narrow(
+    model: str,
+    output: Path,
+    prune: Prune,
+    calibration: Calibration,
+    overwrite: bool,
+    quiet: bool,
+    cache: Path | None,
+) -> PruneResult:
+    """`prune_model` by a structured method."""
+    _, _, compensation = find_structured(prune)
+    refuse_existing(output, overwrite)
+    checkpoint = Checkpoint(resolve_model(model, cache))
+    device, dtype = _place(prune)
+    opened = NarrowedModel(checkpoint, device, dtype, biases=compensation == "bias")
+    started = time.monotonic()
+    source, recipe, identity = _identity(model, checkpoint, prune, calibration)
+    with Artifact(output, identity, overwrite) as artifact:
+        inputs = _samples(artifact.path, opened, calibration, quiet)
+        run = Narrowing(artifact.path, opened, inputs, prune, quiet)
+        choice = run.choose()
+        chosen = time.monotonic()
+        layers, notes = run.write(choice)
+        (artifact.path / _SAMPLES).unlink()
+        manifest = Manifest(
+            kind="narrowed",
+            versions=library_versions("torch", "transformers", "safetensors"),
+            source=source,
+            recipe=recipe,
+            seed=calibration.seed,
+            layers=layers,
+            notes=notes,
+        )
+        card = _NARROWED_CARD.format(name=source["model"], method=prune.method, note=notes[0])
+        (artifact.path / "README.md").write_text(card, encoding="utf-8")
+        seconds = {"choice": chosen - started, "writing": time.monotonic() - chosen}
+        manifest = artifact.commit(manifest, {"seconds": seconds})
+    return PruneResult(output, manifest, seconds)
+
+
+def _identity(
+    model: str, checkpoint: Checkpoint, prune: Prune, calibration: Calibration
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The source and the recipe for the manifest, and what decides the result."""
+    hashes = checkpoint.sha256()
+    source = {"model": Path(model).name if Path(model).exists() else model, "sha256": hashes}
+    recipe = {"calibration": calibration.model_dump(), "prune": prune.model_dump(mode="json")}
+    # The same work whatever memory it has.
+    identity = {"source": hashes, **recipe} | {"prune": recipe["prune"] | {"memory": None}}
+    return source, recipe, identity
+
+
+def _place(prune: Prune) -> tuple[torch.device, torch.dtype | None]:
+    """Where blocks are loaded to, and in which type."""
     import torch
 
     device = choose_device(prune.device)
     # A CPU computes bf16 and fp16 slowly and coarsely; scores are fp32 in any case.
-    dtype = torch.float32 if device.type == "cpu" else None
+    return device, torch.float32 if device.type == "cpu" else None
+
+
+def _open(model: str, prune: Prune, cache: Path | None) -> StreamedModel:
+    device, dtype = _place(prune)
     return StreamedModel(Checkpoint(resolve_model(model, cache)), device, dtype)
 
 
 def _calibration(
     work: Work, calibration: Calibration, quiet: bool
 ) -> dict[str, torch.Tensor] | None:
-    """The calibration samples, kept in the partial directory."""
-    from safetensors.torch import load_file
-
+    """The calibration samples; None if nothing reads them."""
     if calibration.data == "none":
         _, allocation = steps_of(work.prune)
         readers = {
@@ -144,10 +214,25 @@ def _calibration(
                 "drop --data (the default, self, needs no file), or use --method magnitude",
             )
         return None
-    kept = work.path / _SAMPLES
-    if not kept.exists():
+    if not (work.path / _SAMPLES).exists():
         _refuse_large_self(work, calibration)
-        save_tensors(kept, calibration_inputs(work.model, calibration, quiet))
+    return _samples(work.path, work.model, calibration, quiet)
+
+
+def _samples(
+    path: Path, model: StreamedModel, calibration: Calibration, quiet: bool
+) -> dict[str, torch.Tensor]:
+    """The calibration samples, kept in the partial directory."""
+    from safetensors.torch import load_file
+
+    if calibration.data == "none":
+        raise UsageError(
+            "structured methods need calibration text and --data is 'none'",
+            "drop --data (the default, self, needs no file)",
+        )
+    kept = path / _SAMPLES
+    if not kept.exists():
+        save_tensors(kept, calibration_inputs(model, calibration, quiet))
     return load_file(kept)
 
 

@@ -58,6 +58,37 @@ def test_one_recipe_runs_all_stages_once(
     assert "prune.pattern was '2:4', now '1:4'" in other.stderr
 
 
+def test_pruning_and_healing_in_turns(
+    tiny: Path, text_file: Path, tmp_path: Path, secateur_command: Command
+) -> None:
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(
+        f"model: {tiny}\noutput: {out}\n"
+        f"calibration: {{data: {text_file}, samples: 4, length: 32}}\n"
+        "prune: {method: adapt+lsq, pattern: 30%, multiple: 4}\n"
+        f"heal: {{data: {text_file}, tokens: 512, length: 32, rounds: 2, rate: 1e-3}}\n"
+        "compile: {values: int8, quantize: rtn}\n"
+        f"bench:\n  accuracy: {{data: {text_file}, window: 32, windows: 4}}\n"
+        "  latency: {prompt: 16, new_tokens: 4, rounds: 2, min_seconds: 0}\n"
+    )
+    ran = secateur_command("run", path)
+    assert ran.returncode == 0, ran.stderr
+    sizes = [
+        sum(layer["shape"][0] * layer["shape"][1] for layer in manifest["layers"].values())
+        for manifest in (
+            json.loads((out / f"pruned-{number}" / "manifest.json").read_text())
+            for number in (1, 2)
+        )
+    ]
+    whole = 2 * (32 * 32 * 3 + 3 * 32 * 48)
+    assert 0.6 * whole < sizes[1] <= 0.7 * whole < sizes[0] <= 0.85 * whole
+    healed = json.loads((out / "healed-2" / "manifest.json").read_text())
+    assert healed["recipe"]["heal"]["tokens"] == 256
+    again = secateur_command("run", path, "-q")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("==") == 0
+
+
 def test_the_real_model_comes_out_of_its_gguf_file(smollm2: Path, tmp_path: Path) -> None:
     config = json.loads((smollm2 / "config.json").read_text())
     assert config["model_type"] == "llama"

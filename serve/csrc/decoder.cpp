@@ -49,8 +49,8 @@ struct Owner {
     Decoder decoder;
 };
 
-Owner *make(Index hidden, Index intermediate, Index heads, Index kv_heads, Index head_dim, Index vocabulary,
-           Index layers, Index max_length, float epsilon, float attention_scale, float attention_cap,
+Owner *make(const std::vector<std::tuple<Index, Index, Index>> &layers, Index hidden, Index head_dim,
+           Index vocabulary, Index max_length, float epsilon, float attention_scale, float attention_cap,
            float logit_cap, float embedding_scale, const std::string &activation,
            const std::vector<std::pair<Vector, float>> &ropes, const Array<const std::uint8_t, 2> &embedding,
            const std::string &embedding_type, const Vector &norm, const Part &head,
@@ -65,7 +65,9 @@ Owner *make(Index hidden, Index intermediate, Index heads, Index kv_heads, Index
         throw std::invalid_argument("an embedding of another shape than [vocabulary, hidden]");
     std::vector<Rope> turned;
     for (const auto &[frequencies, factor] : ropes) turned.push_back({floats(frequencies), factor});
-    const Dimensions shape{hidden, intermediate, heads, kv_heads, head_dim, vocabulary, layers, max_length,
+    std::vector<Sizes> sizes;
+    for (const auto &[heads, kv_heads, intermediate] : layers) sizes.push_back({heads, kv_heads, intermediate});
+    const Dimensions shape{sizes, hidden, head_dim, vocabulary, max_length,
                            epsilon, attention_scale, attention_cap, logit_cap, embedding_scale, function};
     return new Owner{embedding, Decoder(shape, std::move(turned), {embedding.data(), type}, floats(norm),
                                        linears({head}), cache, pages)};
@@ -110,8 +112,8 @@ void bind_decoder(nb::module_ &m) {
              "query_norm"_a.none(), "key_norm"_a.none(), "rope"_a, "window"_a)
         .def("step", &step, "tokens"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(),
              "tables"_a.noconvert(), "wanted"_a.noconvert());
-    m.def("decoder", &make, nb::rv_policy::take_ownership, nb::kw_only(), "hidden"_a, "intermediate"_a, "heads"_a,
-          "kv_heads"_a, "head_dim"_a, "vocabulary"_a, "layers"_a, "max_length"_a, "epsilon"_a,
+    m.def("decoder", &make, nb::rv_policy::take_ownership, nb::kw_only(), "layers"_a, "hidden"_a, "head_dim"_a,
+          "vocabulary"_a, "max_length"_a, "epsilon"_a,
           "attention_scale"_a, "attention_cap"_a, "logit_cap"_a, "embedding_scale"_a, "activation"_a,
           "ropes"_a, "embedding"_a, "embedding_type"_a, "norm"_a, "head"_a, "cache_type"_a, "pages"_a);
 }

@@ -25,9 +25,16 @@ struct Rope {
     float factor = 1;
 };
 
+// What blocks may differ in.
+struct Sizes {
+    Index heads, kv_heads, intermediate;
+    Index group() const { return heads / kv_heads; }
+};
+
 // The numbers that a model is described by; 0 switches a limit or a window off.
 struct Dimensions {
-    Index hidden, intermediate, heads, kv_heads, head_dim, vocabulary, layers, max_length;
+    std::vector<Sizes> layers;
+    Index hidden, head_dim, vocabulary, max_length;
     float epsilon, attention_scale, attention_cap, logit_cap, embedding_scale;
     Activation activation;
 };
@@ -79,11 +86,11 @@ class Decoder {
     void check_pages(const Batch &batch);
     void embed(const Batch &batch);
     void place(const Batch &batch);  // where tokens stand, sines and cosines
-    void plan(const Batch &batch);   // the units
+    void plan(const Batch &batch, const Sizes &sizes);  // the units of such layers
     void attention(const Batch &batch, Index layer);
     void keep(const Batch &batch, Index layer);  // keys and values, in the cache
     void attend(const Batch &batch, Index layer, const Unit &unit);
-    void mlp(const Layer &layer, Index count);
+    void mlp(const Layer &layer, Index width, Index count);
     void join(const Floats &after, const Floats *next, Index count);
     const float *logits(const Batch &batch);
 
@@ -94,11 +101,13 @@ class Decoder {
     std::vector<Linear> head_;
     Cache cache_;
     std::vector<Layer> layers_;
+    Sizes widest_;  // of all layers
 
     std::mutex busy_;
     std::vector<std::int32_t> uses_;  // of each page, while a batch is checked
     std::vector<Index> sequence_of_, position_of_;
     std::vector<Unit> units_;
+    Index planned_group_ = 0, planned_heads_ = 0;  // what the units are for; 0: not of this batch
     struct {
         float *at;
         Index stride;

@@ -26,26 +26,30 @@ template <Name> float *scratch(Index count) {
 
 }  // namespace
 
-// The units of this batch.
-void Decoder::plan(const Batch &batch) {
-    const Index group = shape_.heads / shape_.kv_heads;
+void Decoder::plan(const Batch &batch, const Sizes &sizes) {
+    const Index group = sizes.group();
+    if (planned_group_ == group && planned_heads_ == sizes.kv_heads) return;
+    planned_group_ = group;
+    planned_heads_ = sizes.kv_heads;
     units_.clear();
     work_ = 0;
     for (Index s = 0; s < batch.sequences; ++s) {
         const Index tokens = batch.starts[s + 1] - batch.starts[s], rows = tokens * group;
         const Index length = batch.positions[s] + tokens;
         const Index blocks = std::clamp<Index>(kScores / (kRows * length), 1, kMostBlocks);
-        for (Index head = 0; head < shape_.kv_heads; ++head)
+        for (Index head = 0; head < sizes.kv_heads; ++head)
             for (Index first = 0; first < rows; first += blocks * kRows)
                 units_.push_back({s, head, first, std::min(rows, first + blocks * kRows)});
-        work_ += rows * shape_.kv_heads * length * shape_.head_dim * 2;
+        work_ += rows * sizes.kv_heads * length * shape_.head_dim * 2;
     }
 }
 
 void Decoder::attention(const Batch &batch, Index index) {
     const Layer &layer = layers_[std::size_t(index)];
     const Dimensions &d = shape_;
-    const Index queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
+    const Sizes &sizes = d.layers[std::size_t(index)];
+    const Index queries = sizes.heads * d.head_dim, keys = sizes.kv_heads * d.head_dim;
+    plan(batch, sizes);
     float *y = qkv_.data();
     multiply_all(layer.qkv, normed_.data(), d.hidden, batch.count, y);
     if (layer.qkv.size() == 1) {
@@ -69,6 +73,7 @@ void Decoder::keep(const Batch &batch, Index index) {
     const DecoderKernels &k = decoder_kernels();
     const Layer &layer = layers_[std::size_t(index)];
     const Dimensions &d = shape_;
+    const Sizes &sizes = d.layers[std::size_t(index)];
     const auto finish = [&](float *x, const Floats &norm, Index t) {
         if (!norm.empty()) k.norm(x, norm.data(), d.epsilon, d.head_dim, x);
         if (layer.rope < 0) return;
@@ -82,8 +87,8 @@ void Decoder::keep(const Batch &batch, Index index) {
         const Index position = position_of_[std::size_t(t)];
         const std::int32_t *table = batch.tables + sequence_of_[std::size_t(t)] * batch.table_width;
         const Index page = table[position / kPageTokens], slot = position % kPageTokens;
-        for (Index h = 0; h < d.heads; ++h) finish(query + h * d.head_dim, layer.query_norm, t);
-        for (Index h = 0; h < d.kv_heads; ++h) {
+        for (Index h = 0; h < sizes.heads; ++h) finish(query + h * d.head_dim, layer.query_norm, t);
+        for (Index h = 0; h < sizes.kv_heads; ++h) {
             finish(key + h * d.head_dim, layer.key_norm, t);
             cache_.write(index, page, h, slot, key + h * d.head_dim, value + h * d.head_dim);
         }
@@ -94,7 +99,8 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
     const Kernels &products = kernels();
     const DecoderKernels &k = decoder_kernels();
     const Dimensions &d = shape_;
-    const Index window = layers_[std::size_t(index)].window, group = d.heads / d.kv_heads;
+    const Sizes &sizes = d.layers[std::size_t(index)];
+    const Index window = layers_[std::size_t(index)].window, group = sizes.group();
     const Index rows = unit.last - unit.first, blocks = (rows + kRows - 1) / kRows;
     const Index start = batch.starts[unit.sequence], before = batch.positions[unit.sequence];
     const std::int32_t *table = batch.tables + unit.sequence * batch.table_width;
@@ -160,7 +166,7 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
     }
     for (Index r = 0; r < rows; ++r) {
         const Index head = unit.head * group + (unit.first + r) % group;
-        float *out = mixed_.data() + ((start + token_of(r)) * d.heads + head) * d.head_dim;
+        float *out = mixed_.data() + ((start + token_of(r)) * sizes.heads + head) * d.head_dim;
         for (Index i = 0; i < d.head_dim; ++i)
             out[i] = sums[(r / kRows * chunks + i / kTileRows) * tile + r % kRows * kTileRows +
                           i % kTileRows] / totals[r];

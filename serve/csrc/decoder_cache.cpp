@@ -4,18 +4,20 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 
 #include "decoder_kernels.h"
 
-Cache::Cache(CacheType type, Index layers, Index heads, Index head_dim, Index pages)
-    : type_(type), layers_(layers), heads_(heads), head_dim_(head_dim), pages_(pages),
+Cache::Cache(CacheType type, const std::vector<Index> &heads, Index head_dim, Index pages)
+    : type_(type), starts_(heads.size() + 1, 0), head_dim_(head_dim), pages_(pages),
       chunks_((head_dim + kPageTokens - 1) / kPageTokens),
       width_(type == CacheType::fp32 ? 4 : type == CacheType::fp16 ? 2 : 1),
       key_bytes_(head_dim * kPageTokens * width_),
       scales_at_(key_bytes_ + chunks_ * kPageTokens * kPageTokens * width_),
       page_bytes_(round_up(scales_at_ + (type == CacheType::int8 ? 2 * kPageTokens * 4 : 0), 64)) {
+    std::partial_sum(heads.begin(), heads.end(), starts_.begin() + 1);
     // calloc: large pieces come from the system untouched
-    void *untouched = std::calloc(std::size_t(layers * pages), std::size_t(heads * page_bytes_));
+    void *untouched = std::calloc(std::size_t(starts_.back() * pages), std::size_t(page_bytes_));
     data_.reset(static_cast<std::uint8_t *>(untouched));
     if (!data_) throw std::bad_alloc();
 }

@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
 #include "layout.h"
 
@@ -18,11 +19,12 @@ constexpr Index kMostHeadDim = 1024;
 class Cache {
   public:
     // Throws std::bad_alloc. Pages take no memory until they are written to.
-    Cache(CacheType type, Index layers, Index heads, Index head_dim, Index pages);
+    // heads: of each layer.
+    Cache(CacheType type, const std::vector<Index> &heads, Index head_dim, Index pages);
 
     Index pages() const { return pages_; }
     Index chunks() const { return chunks_; }
-    Index bytes() const { return layers_ * pages_ * heads_ * page_bytes_; }
+    Index bytes() const { return starts_.back() * pages_ * page_bytes_; }
     // Floats that `keys` and `values` need as room.
     Index room() const { return chunks_ * kPageTokens * kPageTokens; }
 
@@ -40,12 +42,15 @@ class Cache {
         void operator()(std::uint8_t *p) const { std::free(p); }
     };
     std::uint8_t *at(Index layer, Index page, Index head) const {
-        return data_.get() + ((layer * pages_ + page) * heads_ + head) * page_bytes_;
+        const auto l = std::size_t(layer);
+        const Index heads = starts_[l + 1] - starts_[l];
+        return data_.get() + (starts_[l] * pages_ + page * heads + head) * page_bytes_;
     }
     const float *widened(const std::uint8_t *stored, Index count, float *room) const;
 
     CacheType type_;
-    Index layers_, heads_, head_dim_, pages_, chunks_;
+    std::vector<Index> starts_;  // heads of the layers before each, and of all
+    Index head_dim_, pages_, chunks_;
     Index width_;       // bytes of an element
     Index key_bytes_;   // where the values begin
     Index scales_at_;   // where the scales begin

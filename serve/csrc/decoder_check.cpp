@@ -1,4 +1,5 @@
 // What must hold of a model and of a batch: nothing here is computed with before it is checked.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -36,39 +37,55 @@ void check_norm(const Floats &norm, Index width, bool needed, const char *what) 
             refuse(std::string(what) + " has " + text(Index(norm.size())) + " weights, not " + text(width));
 }
 
+std::vector<Index> kv_heads(const Dimensions &shape) {
+    std::vector<Index> heads;
+    for (const Sizes &sizes : shape.layers) heads.push_back(sizes.kv_heads);
+    return heads;
+}
+
 }  // namespace
 
 Decoder::Decoder(const Dimensions &shape, std::vector<Rope> ropes, Table embedding, Floats norm,
                  std::vector<Linear> head, CacheType cache, Index pages)
     : shape_(checked(shape, pages)), ropes_(std::move(ropes)), embedding_(embedding), norm_(std::move(norm)),
-      head_(std::move(head)), cache_(cache, shape.layers, shape.kv_heads, shape.head_dim, pages),
+      head_(std::move(head)), cache_(cache, kv_heads(shape_), shape.head_dim, pages), widest_{},
       uses_(std::size_t(pages), 0), cosines_(ropes_.size()), sines_(ropes_.size()) {
     for (const Rope &rope : ropes_)
         if (rope.frequencies.empty() || 2 * Index(rope.frequencies.size()) > shape.head_dim)
             refuse(text(Index(rope.frequencies.size())) + " frequencies for heads of " + text(shape.head_dim));
+    for (const Sizes &sizes : shape.layers) {
+        widest_.heads = std::max(widest_.heads, sizes.heads);
+        widest_.kv_heads = std::max(widest_.kv_heads, sizes.kv_heads);
+        widest_.intermediate = std::max(widest_.intermediate, sizes.intermediate);
+    }
     check_norm(norm_, shape.hidden, true, "the last norm");
     check_rows(head_, {shape.vocabulary}, shape.hidden, "the head");
 }
 
 Dimensions Decoder::checked(const Dimensions &d, Index pages) {
     constexpr Index kMost = Index(1) << 24;
-    for (const Index extent : {d.hidden, d.intermediate, d.heads, d.kv_heads, d.head_dim, d.vocabulary,
-                               d.layers, d.max_length, pages})
+    std::vector<Index> extents{d.hidden, d.head_dim, d.vocabulary, Index(d.layers.size()), d.max_length, pages};
+    for (const Sizes &sizes : d.layers)
+        extents.insert(extents.end(), {sizes.heads, sizes.kv_heads, sizes.intermediate});
+    for (const Index extent : extents)
         if (extent < 1 || extent > kMost) refuse("an extent of " + text(extent));
     if (d.head_dim > kMostHeadDim)
         refuse("heads of " + text(d.head_dim) + ", of at most " + text(kMostHeadDim));
-    if (d.heads % d.kv_heads) refuse(text(d.heads) + " heads for " + text(d.kv_heads) + " KV heads");
+    for (const Sizes &sizes : d.layers)
+        if (sizes.heads % sizes.kv_heads)
+            refuse(text(sizes.heads) + " heads for " + text(sizes.kv_heads) + " KV heads");
     return d;
 }
 
 void Decoder::add_layer(Layer layer) {
     const Dimensions &d = shape_;
-    const Index queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
-    if (Index(layers_.size()) == d.layers) refuse("more than " + text(d.layers) + " layers");
+    if (layers_.size() == d.layers.size()) refuse("more than " + text(Index(d.layers.size())) + " layers");
+    const Sizes &sizes = d.layers[layers_.size()];
+    const Index queries = sizes.heads * d.head_dim, keys = sizes.kv_heads * d.head_dim;
     check_rows(layer.qkv, {queries, keys, keys}, d.hidden, "qkv");
     check_rows(layer.output, {d.hidden}, queries, "the output projection");
-    check_rows(layer.gate_up, {d.intermediate, d.intermediate}, d.hidden, "gate and up");
-    check_rows(layer.down, {d.hidden}, d.intermediate, "the down projection");
+    check_rows(layer.gate_up, {sizes.intermediate, sizes.intermediate}, d.hidden, "gate and up");
+    check_rows(layer.down, {d.hidden}, sizes.intermediate, "the down projection");
     check_norm(layer.attention_norm, d.hidden, true, "the attention's norm");
     check_norm(layer.mlp_norm, d.hidden, true, "the MLP's norm");
     check_norm(layer.after_attention, d.hidden, false, "the norm after attention");
@@ -81,8 +98,8 @@ void Decoder::add_layer(Layer layer) {
 }
 
 void Decoder::check(const Batch &b) {
-    if (Index(layers_.size()) != shape_.layers)
-        refuse(text(Index(layers_.size())) + " layers of " + text(shape_.layers) + " were added");
+    if (layers_.size() != shape_.layers.size())
+        refuse(text(Index(layers_.size())) + " layers of " + text(Index(shape_.layers.size())) + " were added");
     if (b.sequences < 1 || b.count < 1) refuse("the batch is empty");
     if (b.starts[0] != 0 || b.starts[b.sequences] != b.count)
         refuse("starts go from " + text(b.starts[0]) + " to " + text(b.starts[b.sequences]) + " for " +

@@ -21,23 +21,25 @@ const float *Decoder::step(const Batch &batch) {
     check(batch);
     const Index n = batch.count;
     const Dimensions &d = shape_;
-    const Index per_token = (d.heads + 2 * d.kv_heads) * d.head_dim;
+    const Index per_token = (widest_.heads + 2 * widest_.kv_heads) * d.head_dim;
     grow(x_, n * d.hidden);
     grow(normed_, n * d.hidden);
     grow(added_, n * d.hidden);
     grow(qkv_, n * per_token);
-    grow(mixed_, n * d.heads * d.head_dim);
-    grow(gates_, n * 2 * d.intermediate);
-    grow(gated_, n * d.intermediate);
+    grow(mixed_, n * widest_.heads * d.head_dim);
+    grow(gates_, n * 2 * widest_.intermediate);
+    grow(gated_, n * widest_.intermediate);
     place(batch);
     embed(batch);
-    for (Index i = 0; i < d.layers; ++i) {
+    const Index layers = Index(layers_.size());
+    for (Index i = 0; i < layers; ++i) {
         const Layer &layer = layers_[std::size_t(i)];
+        const Sizes &sizes = d.layers[std::size_t(i)];
         attention(batch, i);
-        multiply_all(layer.output, mixed_.data(), d.heads * d.head_dim, n, added_.data());
+        multiply_all(layer.output, mixed_.data(), sizes.heads * d.head_dim, n, added_.data());
         join(layer.after_attention, &layer.mlp_norm, n);
-        mlp(layer, n);
-        join(layer.after_mlp, i + 1 < d.layers ? &layers_[std::size_t(i) + 1].attention_norm : nullptr, n);
+        mlp(layer, sizes.intermediate, n);
+        join(layer.after_mlp, i + 1 < layers ? &layers_[std::size_t(i) + 1].attention_norm : nullptr, n);
     }
     return logits(batch);
 }
@@ -81,7 +83,7 @@ void Decoder::place(const Batch &batch) {
             }
         });
     }
-    plan(batch);
+    planned_group_ = 0;
 }
 
 // x += what a part of a block added; and the norm of it, for the next part.
@@ -96,10 +98,10 @@ void Decoder::join(const Floats &after, const Floats *next, Index count) {
     });
 }
 
-void Decoder::mlp(const Layer &layer, Index count) {
+void Decoder::mlp(const Layer &layer, Index width, Index count) {
     constexpr Index kPiece = 2048;
     const DecoderKernels &k = decoder_kernels();
-    const Index width = shape_.intermediate, pieces = (width + kPiece - 1) / kPiece;
+    const Index pieces = (width + kPiece - 1) / kPiece;
     const bool fused = layer.gate_up.size() == 1;
     multiply_all(layer.gate_up, normed_.data(), shape_.hidden, count, gates_.data());
     const Index stride = fused ? 2 * width : width;

@@ -14,6 +14,7 @@ from typing import Any
 
 from secateur.checkpoint import CONFIG, read_json
 from secateur.errors import ModelError
+from secateur.layer_sizes import LayerSizes, read_layer_sizes
 from secateur.serve.native.rope import TYPES, Rope, make_rope
 
 _ACTIVATIONS = {
@@ -94,6 +95,7 @@ class Architecture:
     Attributes:
         family: its row of `FAMILIES`.
         model_type: its name there.
+        sizes: of each layer.
         ropes: the different ropes of its layers.
         layer_ropes: of each layer, which of them; -1: none.
         windows: of each layer, how many tokens a query sees; 0: all before it.
@@ -105,12 +107,9 @@ class Architecture:
     family: Family
     model_type: str
     hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
+    sizes: tuple[LayerSizes, ...]
     head_dim: int
     vocabulary: int
-    layers: int
     max_length: int
     epsilon: float
     attention_scale: float
@@ -158,13 +157,11 @@ def read_architecture(directory: str | Path) -> Architecture:
 
 def _check(a: Architecture) -> None:
     """What the decoder relies on, by which the cache is measured."""
-    extents = {"hidden_size": a.hidden, "num_hidden_layers": a.layers, "head_dim": a.head_dim}
-    extents |= {"num_key_value_heads": a.kv_heads, "max_position_embeddings": a.max_length}
+    extents = {"hidden_size": a.hidden, "num_hidden_layers": len(a.sizes), "head_dim": a.head_dim}
+    extents |= {"max_position_embeddings": a.max_length}
     for key, extent in extents.items():
         if extent < 1:
             raise ValueError(f"{key} is {extent}")
-    if a.heads % a.kv_heads:
-        raise ValueError(f"{a.heads} heads for {a.kv_heads} KV heads")
     if a.head_dim > 1024:
         raise ValueError(f"a head_dim of {a.head_dim}, of at most 1024")
 
@@ -258,16 +255,15 @@ def _architecture(config: dict[str, Any], eos: frozenset[int]) -> Architecture:
     unturned = [config["model_type"] == "smollm3" and not used[i] for i in range(layers)]
     window = config["sliding_window"] if "sliding_window" in config else get("sliding_window")
     length = int(get("max_position_embeddings") or 2048)
+    kv_heads = int(get("num_key_value_heads") or heads)
+    common = LayerSizes(heads, kv_heads, int(config["intermediate_size"]))
     return Architecture(
         family=family,
         model_type=config["model_type"],
         hidden=hidden,
-        intermediate=int(config["intermediate_size"]),
-        heads=heads,
-        kv_heads=int(get("num_key_value_heads") or heads),
+        sizes=tuple(read_layer_sizes(config, common, layers)),
         head_dim=head_dim,
         vocabulary=int(config["vocab_size"]),
-        layers=layers,
         max_length=length,
         epsilon=float(get("rms_norm_eps", 1e-6)),
         attention_scale=float(get("query_pre_attn_scalar", head_dim) if family.gemma else head_dim)

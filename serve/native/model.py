@@ -107,7 +107,7 @@ class NativeModel:
             else ""
         )
         return (
-            f"{model.model_type}, {model.layers} layers; {uses}; KV cache {self._kv_type}, "
+            f"{model.model_type}, {len(model.sizes)} layers; {uses}; KV cache {self._kv_type}, "
             f"{self.pages} pages of {PAGE_TOKENS} tokens, {self.kv_bytes / 1e6:.0f} MB; up to "
             f"{self.max_length} tokens{shortened}; {cpu.isa()}, "
             f"{cpu.threads()} thread{'s' if cpu.threads() > 1 else ''}"
@@ -171,7 +171,7 @@ def page_bytes(architecture: Architecture, kv_type: KvType) -> int:
     chunks = -(-architecture.head_dim // PAGE_TOKENS)
     own = (architecture.head_dim + chunks * PAGE_TOKENS) * PAGE_TOKENS * width
     own += 2 * PAGE_TOKENS * 4 if kv_type == "int8" else 0
-    return -(-own // 64) * 64 * architecture.kv_heads * architecture.layers
+    return -(-own // 64) * 64 * sum(sizes.kv_heads for sizes in architecture.sizes)
 
 
 def _build(a: Architecture, weights: Weights, kv_type: KvType, pages: int, max_length: int) -> Any:
@@ -181,19 +181,18 @@ def _build(a: Architecture, weights: Weights, kv_type: KvType, pages: int, max_l
     with ThreadPoolExecutor(cpu.threads()) as pool:
         try:
             made = pool.submit(weights.head, head, (a.vocabulary, a.hidden))
-            layers = [pool.submit(_layer, a, weights, index, offset) for index in range(a.layers)]
+            layers = [
+                pool.submit(_layer, a, weights, index, offset) for index in range(len(a.sizes))
+            ]
             matrix, arguments = made.result(), [layer.result() for layer in layers]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     decoder = cpu._native().decoder(
+        layers=[(sizes.heads, sizes.kv_heads, sizes.intermediate) for sizes in a.sizes],
         hidden=a.hidden,
-        intermediate=a.intermediate,
-        heads=a.heads,
-        kv_heads=a.kv_heads,
         head_dim=a.head_dim,
         vocabulary=a.vocabulary,
-        layers=a.layers,
         max_length=max_length,
         epsilon=a.epsilon,
         attention_scale=a.attention_scale,
@@ -215,8 +214,9 @@ def _build(a: Architecture, weights: Weights, kv_type: KvType, pages: int, max_l
 
 
 def _layer(a: Architecture, weights: Weights, index: int, offset: float) -> dict[str, Any]:
-    prefix = f"model.layers.{index}."
-    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    prefix, sizes = f"model.layers.{index}.", a.sizes[index]
+    queries, keys = sizes.heads * a.head_dim, sizes.kv_heads * a.head_dim
+    width = sizes.intermediate
 
     def linear(name: str, rows: int, columns: int) -> Any:
         return weights.linear(prefix + name, (rows, columns), name in a.biases)
@@ -226,17 +226,17 @@ def _layer(a: Architecture, weights: Weights, index: int, offset: float) -> dict
 
     if a.family.fused:
         qkv = [linear("self_attn.qkv_proj", queries + 2 * keys, a.hidden)]
-        gate_up = [linear("mlp.gate_up_proj", 2 * a.intermediate, a.hidden)]
+        gate_up = [linear("mlp.gate_up_proj", 2 * width, a.hidden)]
     else:
         rows = {"q": queries, "k": keys, "v": keys}
         qkv = [linear(f"self_attn.{part}_proj", rows[part], a.hidden) for part in "qkv"]
-        gate_up = [linear(f"mlp.{part}_proj", a.intermediate, a.hidden) for part in ("gate", "up")]
+        gate_up = [linear(f"mlp.{part}_proj", width, a.hidden) for part in ("gate", "up")]
     four = a.family.gemma
     return {
         "qkv": qkv,
         "output": linear("self_attn.o_proj", a.hidden, queries),
         "gate_up": gate_up,
-        "down": linear("mlp.down_proj", a.hidden, a.intermediate),
+        "down": linear("mlp.down_proj", a.hidden, width),
         "attention_norm": norm("input_layernorm", a.hidden),
         "after_attention": norm("post_attention_layernorm", a.hidden, four),
         "mlp_norm": norm(

@@ -11,6 +11,7 @@ from typing import NoReturn
 from secateur.checkpoint import CONFIG, INDEX, read_json
 from secateur.device import choose_device, choose_dtype
 from secateur.errors import ModelError, UsageError
+from secateur.layer_sizes import PER_LAYER
 from secateur.serve.vllm import version
 
 GIB = 2**30
@@ -117,7 +118,14 @@ def _check(directory: Path) -> None:
             f"vLLM would take {MASKS} of {directory} for weights",
             "pack the model with `secateur compile`; with --format dense it stays as it is",
         )
-    method = read_json(directory / CONFIG).get("quantization_config") or {}
+    config = read_json(directory / CONFIG)
+    if config.get(PER_LAYER):
+        raise ModelError(
+            f"the blocks of {directory} differ in size, and vLLM builds all alike",
+            "use --engine native or transformers; for vLLM remove whole blocks (shortgpt, sleb), "
+            "or the same part of each (llm-pruner with first=0 and last=0)",
+        )
+    method = config.get("quantization_config") or {}
     if method.get("quant_method") == QUANT_METHOD:
         PackedModel(directory)
 

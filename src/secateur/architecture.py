@@ -30,6 +30,21 @@ class Channels:
 
 
 @dataclass(frozen=True, slots=True)
+class Parts:
+    """The linears of a block that has attention heads and MLP channels, by name within the block.
+
+    A structured method removes KV heads with all query heads that read them, and channels.
+    """
+
+    queries: str = "self_attn.q_proj"
+    keys: str = "self_attn.k_proj"
+    values: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    gates: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """Where things are in a family of models.
 
@@ -43,6 +58,7 @@ class Architecture:
         reads: what the model takes as input.
         channels: those that can be permuted. Nothing but an activation, a product or attention
             weights may lie between producers and consumer. (Fused experts need no entry.)
+        parts: what structured methods can make smaller; None: nothing.
     """
 
     blocks: str
@@ -51,12 +67,14 @@ class Architecture:
     routers: frozenset[str] = frozenset()
     reads: Literal["text", "images"] = "text"
     channels: tuple[Channels, ...] = ()
+    parts: Parts | None = None
 
 
 _VALUES = Channels(("self_attn.v_proj",), "self_attn.o_proj", heads=True)
 _LLAMA_LIKE = Architecture(
     blocks="model.layers",
     channels=(_VALUES, Channels(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")),
+    parts=Parts(),
 )
 _FIRST_GPTS = Architecture(blocks="transformer.h")
 _QWEN_MOE = Architecture(

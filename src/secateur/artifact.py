@@ -69,7 +69,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     schema_: Literal["secateur/manifest/1"] = Field("secateur/manifest/1", alias="schema")
-    kind: Literal["pruned", "packed", "dense", "exported"]
+    kind: Literal["pruned", "narrowed", "packed", "dense", "exported"]
     secateur: str = secateur.__version__
     versions: dict[str, str] = Field(default_factory=dict)
     source: dict[str, Any]

@@ -7,10 +7,10 @@ That is what autograd computes on the whole model, in the memory of one block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from secateur.activations import Activations
 from secateur.checkpoint import save_tensors
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     import torch
 
     from secateur.model import Linear, StreamedModel
+
+
+class _Sums(Protocol):
+    def update(self, gradient: torch.Tensor) -> None: ...
+
+
+Statistics = TypeVar("Statistics", bound=_Sums)
 
 
 def stream_gradients(
@@ -47,17 +54,54 @@ def stream_gradients(
         directory: gets `gradient_file` of each block.
         spill: keep the blocks' inputs in files of this directory, not in memory.
     """
-    import torch
-
     blocks = len(model.blocks)
     if all(gradient_file(directory, block).exists() for block in range(blocks)):
         return
+
+    def write(block: int, found: Mapping[str, GradientStatistics]) -> None:
+        if not gradient_file(directory, block).exists():
+            norms = {name: statistics.result().norms for name, statistics in found.items()}
+            save_tensors(gradient_file(directory, block), norms)
+
+    each_gradient(
+        model,
+        inputs,
+        lambda: GradientStatistics(norm, half),
+        write,
+        spill=directory if spill else None,
+        tick=tick,
+    )
+
+
+def each_gradient(
+    model: StreamedModel,
+    inputs: Mapping[str, torch.Tensor],
+    statistics: Callable[[], Statistics],
+    finish: Callable[[int, Mapping[str, Statistics]], None],
+    *,
+    passed: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    spill: Path | None = None,
+    tick: Tick = no_tick,
+) -> None:
+    """Differentiate the loss of `stream_gradients` by every weight, sample by sample.
+
+    Args:
+        model, inputs: as for `stream_gradients`.
+        statistics: makes what the gradients of one weight, ``[out, in]``, are added to.
+        finish: is given a block, from the last to the first, while its weights are loaded, and
+            the statistics by name of the linear.
+        passed: is given a block, what goes into it and what comes out, of each sample.
+        spill: keep the blocks' inputs in files of this directory; None: in memory.
+    """
+    import torch
+
+    blocks = len(model.blocks)
     features = {name: tensor for name, tensor in inputs.items() if name != "labels"}
 
     def store(name: str) -> Activations:
-        return Activations(walk.samples, directory / f"states-{name}" if spill else None)
+        return Activations(walk.samples, spill / f"states-{name}" if spill else None)
 
-    walk = Walk(model, features, spill=directory / "states-walk" if spill else None)
+    walk = Walk(model, features, spill=spill / "states-walk" if spill else None)
     kept: list[Activations] = []
     for block in range(blocks):
         model.load_block(block)
@@ -65,6 +109,8 @@ def stream_gradients(
         for number in range(walk.samples):
             kept[block][number] = walk.states[number]
         walk.advance(block)
+        for number in range(walk.samples if passed else 0):
+            passed(block, kept[block][number], walk.states[number])  # type: ignore[misc]
         model.free_block(block)
         tick(block + 1, 3 * blocks)
     slopes = store("slopes")
@@ -76,7 +122,7 @@ def stream_gradients(
     for block in reversed(range(blocks)):
         model.load_block(block)
         linears = model.linears(block)
-        found = {name: GradientStatistics(norm, half) for name in linears}
+        found = {name: statistics() for name in linears}
         for number in range(walk.samples):
             states = kept[block][number].detach().requires_grad_()
             with _differentiated(linears, found):
@@ -84,10 +130,8 @@ def stream_gradients(
             assert states.grad is not None
             slopes[number] = states.grad
         kept[block].close()
+        finish(block, found)
         model.free_block(block)
-        if not gradient_file(directory, block).exists():
-            norms = {name: statistics.result().norms for name, statistics in found.items()}
-            save_tensors(gradient_file(directory, block), norms)
         tick(3 * blocks - 2 * block, 3 * blocks)
     slopes.close()
 
@@ -114,9 +158,7 @@ def regional_gradients(walk: Walk, index: int) -> dict[str, GradientNorms]:
 
 
 @contextmanager
-def _differentiated(
-    linears: dict[str, Linear], found: dict[str, GradientStatistics]
-) -> Iterator[None]:
+def _differentiated(linears: dict[str, Linear], found: Mapping[str, _Sums]) -> Iterator[None]:
     """Let autograd see the weights of a block, and add one sample's gradients to ``found``."""
     parameters = [linear.parameter for linear in linears.values()]
     for parameter in parameters:
@@ -134,6 +176,21 @@ def _differentiated(
 def _slope_of_loss(walk: Walk, inputs: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
     """∂ loss / ∂ (output of the last block) of one sample."""
     output = walk.states[number].detach().requires_grad_()
+    loss_of(walk, inputs, number, output).backward()  # type: ignore[no-untyped-call]
+    assert output.grad is not None
+    return output.grad
+
+
+def loss_of(
+    walk: Walk, inputs: Mapping[str, torch.Tensor], number: int, output: torch.Tensor
+) -> torch.Tensor:
+    """The loss of `stream_gradients` of one sample.
+
+    Args:
+        inputs: as for `Walk`.
+        number: of the sample.
+        output: what the last block puts out for it; what lies outside the blocks is loaded.
+    """
     calls = 0
 
     def forward(states: torch.Tensor, *_: object, **__: object) -> object:
@@ -144,6 +201,5 @@ def _slope_of_loss(walk: Walk, inputs: Mapping[str, torch.Tensor], number: int) 
     sample = one_sample(walk.model, inputs, number)
     sample.setdefault("labels", sample.get("input_ids"))
     with replaced_blocks(walk.model, forward):
-        walk.model.module(**sample).loss.backward()
-    assert output.grad is not None
-    return output.grad
+        loss: torch.Tensor = walk.model.module(**sample).loss
+    return loss

@@ -84,13 +84,18 @@ class StreamedModel:
         checkpoint: where the weights are.
         device: where blocks are loaded to.
         dtype: the type that they are loaded and run in.
+        changes: keys of the config that are to be otherwise.
 
     Raises:
         ModelError: unsupported architecture, or a checkpoint that does not fit its config.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        **changes: Any,
     ) -> None:
         import accelerate
         import transformers
@@ -111,7 +116,7 @@ class StreamedModel:
         if self.architecture.reads == "images":
             auto = transformers.AutoModelForImageClassification
         try:
-            config = transformers.AutoConfig.from_pretrained(str(checkpoint.path))
+            config = transformers.AutoConfig.from_pretrained(str(checkpoint.path), **changes)
             # Weights that are not there need no initial values.
             with accelerate.init_empty_weights(include_buffers=False), no_init_weights():
                 self.module = auto.from_config(config).eval()

@@ -87,6 +87,9 @@ class Prune(Section):
         description="Reorder channels inside blocks so that N:M keeps more; the dense model's "
         "output stays the same and nothing is slower.",
     )
+    multiple: int = Field(
+        16, ge=1, description="Structured methods: widths of MLPs are multiples of this."
+    )
     strict: bool = Field(
         False, description="Refuse the model if a layer cannot hold its pattern (else: dense)."
     )
@@ -111,6 +114,47 @@ class Prune(Section):
             if fnmatchcase(layer, rule.match):
                 chosen = rule.pattern
         return chosen
+
+
+class Heal(Section):
+    """Training of what is kept towards the dense model."""
+
+    data: str = Field(
+        "wikitext2", description="Text to train on: as calibration.data, without 'self'."
+    )
+    teacher: str | None = Field(
+        None, description="The dense model; None: the one that was pruned, if it is on the hub."
+    )
+    tokens: int = Field(160_000, ge=1, description="How many are trained on; the budget.")
+    length: int = Field(256, ge=2, description="Tokens per sequence; capped by the model.")
+    batch: int = Field(2, ge=1, description="Sequences per step.")
+    at_once: int = Field(2, ge=1, description="Sequences in memory at once.")
+    train: Literal["kept", "lora", "norms"] = Field(
+        "kept",
+        description="'kept': all kept weights; 'lora': low-rank changes under the masks, merged at "
+        "the end; 'norms': norms and biases.",
+    )
+    rounds: int = Field(
+        1,
+        ge=1,
+        description="`secateur run`: prune and heal in this many rounds, P% and tokens being "
+        "shared out among them.",
+    )
+    rank: int = Field(16, ge=1, description="lora: rank of the change of a matrix.")
+    rate: float = Field(2e-4, gt=0, description="Highest learning rate; it rises, then falls.")
+    hidden: float = Field(0.0, ge=0, description="Weight of the blocks' outputs in the loss.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of a step's gradient.")
+    held_out: int = Field(8, ge=1, description="Sequences that are measured on instead.")
+    every: int = Field(50, ge=1, description="Steps between measurements; a run resumes there.")
+    patience: int = Field(3, ge=1, description="Stop after this many without improvement.")
+    checkpointing: bool = Field(
+        False, description="Compute activations twice instead of keeping them."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of the computation; weights are trained in fp32."
+    )
+    device: Literal["auto", "cpu"] = Field("auto", description="'auto' or 'cpu'.")
+    seed: int = Field(0, ge=0, description="Decides the order of the text.")
 
 
 class Compile(Section):
@@ -179,6 +223,7 @@ class Recipe(Section):
     output: str = Field(description="Directory that receives everything.")
     calibration: Calibration = Calibration()
     prune: Prune = Prune()
+    heal: Heal | None = Field(None, description="Training after pruning; None: none.")
     compile: Compile = Compile()
     serve: Serve = Serve()
     bench: Bench = Bench()

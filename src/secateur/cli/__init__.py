@@ -111,7 +111,7 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
 
 # Each module adds its commands to `app`; the order here is the order in --help.
 # isort: off
-from secateur.cli import prune_command, compile_command  # noqa: E402, F401
+from secateur.cli import prune_command, heal_command, compile_command  # noqa: E402, F401
 from secateur.cli import serve_command, chat_command  # noqa: E402, F401
 from secateur.cli import bench_command, methods_bench_command, run_command  # noqa: E402, F401
 from secateur.cli import kernels_bench_command, packing_bench_command  # noqa: E402, F401

@@ -51,6 +51,9 @@ def prune(
     permute: Annotated[
         bool, Option("--permute", help="Reorder channels so that N:M keeps more; free at run time.")
     ] = False,
+    multiple: Annotated[
+        int, Option(help="Structured methods: widths of MLPs are multiples of this.")
+    ] = 16,
     memory: Annotated[
         str | None,
         Option(help="Peak memory, e.g. 2GiB; a promise.", show_default="what there is"),
@@ -83,6 +86,7 @@ def prune(
             "strict": strict,
             "allocate": allocate,
             "permute": permute,
+            "multiple": multiple,
             "memory": memory,
             "compat": compat,
             "device": device,
@@ -118,12 +122,14 @@ def methods(json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from secateur.prune import ALLOCATIONS, METHODS, REFINEMENTS
+    from secateur.prune import ALLOCATIONS, METHODS, REFINEMENTS, STRUCTURED
 
     rows: list[dict[str, Any]] = []
-    steps: list[Any] = [*METHODS.values(), *REFINEMENTS.values(), *ALLOCATIONS.values()]
+    steps: list[Any] = [*METHODS.values(), *REFINEMENTS.values(), *STRUCTURED.values()]
+    steps += ALLOCATIONS.values()
     for step in steps:
         kind = "refinement" if step.name in REFINEMENTS else "method"
+        kind = "structured" if step.name in STRUCTURED else kind
         needs = step.needs
         if step.name in ALLOCATIONS:
             kind, needs = "allocation", {"nothing": (), "scores": ("norms",)}.get(needs, (needs,))
@@ -141,12 +147,13 @@ def methods(json: Json = False) -> None:
         emit(rows)
         return
     table = Table("name", "what it does", "reads", "source", box=None)
-    prefixes = {"method": "", "refinement": "+", "allocation": "--allocate "}
+    prefixes = {"method": "", "refinement": "+", "structured": "", "allocation": "--allocate "}
     for row in rows:
         reads = ", ".join(row["needs"]) or "nothing"
         table.add_row(prefixes[row["kind"]] + row["name"], row["summary"], reads, row["source"])
     Console().print(table)
     print("Chain a method and refinements: --method wanda+lsq")
+    print("Structured methods make matrices smaller: --method adapt+lsq --pattern 20%")
 
 
 def _show_plan(plan: Plan) -> None:

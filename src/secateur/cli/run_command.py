@@ -14,7 +14,7 @@ from secateur.cli import Json, app, emit
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
-    from secateur.recipe import Recipe
+    from secateur.recipe import Heal, Prune, Recipe
 
 _QUESTION = "What is pruning?"
 
@@ -66,7 +66,7 @@ class _Run:
 
         self._say(f"model: {self.recipe.model}")
         source = resolve_model(self.recipe.model, self.output / "source")
-        pruned = self._prune(source)
+        pruned = self._prune_and_heal(source)
         packed = self._compile(pruned, "packed")
         dense = source
         if self.recipe.compile.values in DTYPES:  # integers are compared with the model as it is
@@ -78,22 +78,53 @@ class _Run:
         if not self.quiet:
             print(f"== {line}", file=sys.stderr, flush=True)
 
-    def _prune(self, source: Path) -> Path:
+    def _prune_and_heal(self, source: Path) -> Path:
+        """In as many rounds as the recipe says; the directory of the last one."""
+        from secateur.prune import share_of_round
+
+        heal = self.recipe.heal
+        if heal is None:
+            return self._prune(source, self.recipe.prune, "pruned")
+        model = source
+        for number in range(heal.rounds):
+            prune, own = share_of_round(self.recipe.prune, heal, number)
+            end = f"-{number + 1}" if heal.rounds > 1 else ""
+            model = self._prune(model, prune, f"pruned{end}")
+            model = self._heal(model, source, own, f"healed{end}")
+        return model
+
+    def _heal(self, pruned: Path, source: Path, heal: Heal, name: str) -> Path:
+        from secateur.artifact import Manifest
+        from secateur.cli.heal_command import show_healed
+        from secateur.prune import heal_model
+
+        output = self.output / name
+        settings = heal.model_copy(update={"teacher": heal.teacher or str(source)})
+        wanted = Manifest.read(pruned).recipe | {"heal": settings.model_dump(mode="json")}
+        if self._is_done(output, wanted):
+            return output
+        self._say(f"heal: {heal.tokens:,} tokens of {heal.data} → {output}")
+        result = heal_model(pruned, output, settings, overwrite=self.overwrite, quiet=self.quiet)
+        if not self.quiet:
+            show_healed(result, sys.stderr)
+        return output
+
+    def _prune(self, source: Path, prune: Prune, name: str) -> Path:
         from secateur.cli.prune_command import show_pruned
         from secateur.prune import prune_model
 
-        recipe, output = self.recipe, self.output / "pruned"
+        recipe, output = self.recipe, self.output / name
         wanted = {
             "calibration": recipe.calibration.model_dump(),
-            "prune": recipe.prune.model_dump(mode="json"),
+            "prune": prune.model_dump(mode="json"),
         }
         if self._is_done(output, wanted):
             return output
-        self._say(f"prune: {recipe.prune.method}, {recipe.prune.pattern} → {output}")
+        self._say(f"prune: {prune.method}, {prune.pattern} → {output}")
         result = prune_model(
             str(source),
             output,
-            recipe.prune,
+            prune,
             recipe.calibration,
             overwrite=self.overwrite,
             quiet=self.quiet,

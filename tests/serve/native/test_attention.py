@@ -64,13 +64,10 @@ class OneLayer:
             packed = cpu.pack(weight, None, weight.shape, Pattern(), "fp32")  # type: ignore[arg-type]
             parts[name] = (packed._native, False, None)
         made = _kernels.decoder(
+            layers=[(case.group * case.kv_heads, case.kv_heads, HIDDEN)],
             hidden=HIDDEN,
-            intermediate=HIDDEN,
-            heads=case.group * case.kv_heads,
-            kv_heads=case.kv_heads,
             head_dim=case.head_dim,
             vocabulary=VOCABULARY,
-            layers=1,
             max_length=10_000,
             epsilon=1e-6,
             attention_scale=case.scale,

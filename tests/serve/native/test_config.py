@@ -87,7 +87,7 @@ def test_absent_keys_have_the_defaults_of_transformers(family: str, tmp_path: Pa
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 12
     window = getattr(config, "sliding_window", None) or 0
     assert found.head_dim == head_dim
-    assert found.kv_heads == config.num_key_value_heads
+    assert {own.kv_heads for own in found.sizes} == {config.num_key_value_heads}
     assert found.epsilon == config.rms_norm_eps
     assert found.tied == config.tie_word_embeddings
     assert found.windows == tuple(window if kind.startswith("s") else 0 for kind in kinds)
