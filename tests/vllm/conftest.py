@@ -24,7 +24,7 @@ from secateur.pattern import Pattern
 
 PYTHON = os.environ.get("SECATEUR_VLLM_PYTHON", "")
 VOCABULARY = 258
-START_SECONDS = 280
+START_SECONDS = 600
 # o_proj stays dense. v_proj, too, though vLLM merges it with q and k; it also merges gate
 # and up, whose rows keep unequal numbers.
 PATTERNS = {

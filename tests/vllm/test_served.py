@@ -15,7 +15,7 @@ from tests.test_deploy import DEPLOY, documents
 
 from .conftest import PYTHON, command, make_pruned, served
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 LAYER = "model.layers.1.mlp.down_proj"
 
 
