@@ -84,7 +84,7 @@ def test_an_orphan_answers_as_its_dense_twin(
     with served(tmp_path / "orphan", tmp_path / "log", eager, **fp32) as server:
         assert [server.tokens(prompt) for prompt in prompts] == expected
         log = server.log.read_text()
-    assert "self_attn.qkv_proj (2): layout 2:4" in log
+    assert "self_attn.qkv_proj (2), model.layers.*.mlp.gate_up_proj (2): layout 2:4" in log
     assert "mlp.down_proj (2): layout 2:4" in log
 
 
@@ -137,7 +137,7 @@ def test_the_arguments_of_the_deployment_files(packed: Path) -> None:
     code = f"""
 import argparse
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 found = make_arg_parser(FlexibleArgumentParser()).parse_args({words!r})
 assert found.tensor_parallel_size == {stack["tensorParallelSize"]}, found
