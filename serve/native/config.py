@@ -256,6 +256,8 @@ def _architecture(config: dict[str, Any], eos: frozenset[int]) -> Architecture:
     window = config["sliding_window"] if "sliding_window" in config else get("sliding_window")
     length = int(get("max_position_embeddings") or 2048)
     kv_heads = int(get("num_key_value_heads") or heads)
+    if min(heads, kv_heads) < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} heads for {kv_heads} KV heads")
     common = LayerSizes(heads, kv_heads, int(config["intermediate_size"]))
     return Architecture(
         family=family,
