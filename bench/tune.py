@@ -26,7 +26,6 @@ from secateur.bench.processes import run_secateur
 from secateur.bench.results import Estimate, _Facts, _Result
 from secateur.bench.subjects import model_bytes
 from secateur.bench.work import Work
-from secateur.compile.config import LIMITS
 from secateur.errors import SecateurError, UsageError
 from secateur.pattern import Pattern
 from secateur.recipe import ValueType
@@ -346,7 +345,7 @@ class _Search:
             how = ["--pattern", pattern, *work.calibrated()]
             run_secateur(["prune", str(work.model), "-o", str(pruned), *entry.arguments(), *how])
         packed = work.path / "packed"
-        flags = ["--values", kind, *(["--quantize", quantize] if kind in LIMITS else [])]
+        flags = ["--values", kind, *(["--quantize", quantize] if kind.startswith("int") else [])]
         run_secateur(["compile", str(pruned), "-o", str(packed), "--overwrite", *flags])
         return packed
 

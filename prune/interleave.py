@@ -1,8 +1,8 @@
 """Pruning and healing in turns: what each round removes, and what it trains on.
 
 Wang et al. 2025, "Adapt-Pruner: Adaptive Structural Pruning for Efficient Small Language Model
-Training", section 3.3 (Adapt-Accel): to prune a little, train, and prune again hurts less than to
-prune all at once and train as long.
+Training", section 3.3 (Adapt-Accel), find that to prune a little, train, and prune again hurts less
+than to prune all at once and train as long.
 
 After round k of n the part P k/n of the original weights is gone. As a round begins with what the
 last one left, its own pattern is
