@@ -110,8 +110,9 @@ class PackedConfig(BaseModel):
     def _of_this_version(cls, values: ValueType, info: ValidationInfo) -> ValueType:
         version = info.data.get("format_version", 1)
         if VERSIONS[values] != version:
-            known = [name for name, its in VERSIONS.items() if its == version]
-            raise ValueError(f"format version {version} has {' or '.join(known)}, not {values}")
+            known = ", ".join(name for name, its in VERSIONS.items() if its == version)
+            known = " or ".join(known.rsplit(", ", 1))
+            raise ValueError(f"format version {version} has {known}, not {values}")
         return values
 
     @field_validator("group_size", mode="before")

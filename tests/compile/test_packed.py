@@ -100,7 +100,7 @@ def test_a_config_that_lies(packed: Path, key: str, value: object, said: str) ->
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("format_version", 3, "format_version: Input should be 1 or 2"),
+        ("format_version", 4, "format_version: Input should be 1, 2 or 3"),
         ("format_version", 2, "values: .* version 2 has int8 or int4, not fp32"),
         ("values", "int4", "values: .* version 1 has fp32, bf16 or fp16, not int4"),
         ("group_size", 64, "group_size: .* have no groups"),
