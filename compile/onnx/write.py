@@ -77,16 +77,12 @@ def write_onnx(
         raise UsageError(
             f"--onnx-weights {onnx_weights!r} is not known", did_you_mean(onnx_weights, STORAGES)
         )
-    if onnx_weights == "sparse-initializer" and values == "int4":
-        raise UsageError(
-            "ONNX has no sparse initializer of int4", "use --onnx-weights bitmask, or --values int8"
-        )
     refuse_existing(Path(output), overwrite)
     staged = Path(f"{output}.integers")
     source = open_source(model, packed=True)
-    _check_family(source)
-    method = None
     stored = _integers_of(source)
+    _check(source, onnx_weights, values or (stored and stored.config.values))
+    method = None
     if stored is not None and values in (None, stored.config.values):
         method, values = "kept", stored.config.values
     elif values in LIMITS:
@@ -134,7 +130,17 @@ def write_onnx(
     )
 
 
-def _check_family(source: Source) -> None:
+def _check(source: Source, storage: Storage, values: ValueType | None) -> None:
+    """Refuse what cannot be written, before anything slow."""
+    if storage == "sparse-initializer" and values == "int4":
+        raise UsageError(
+            "ONNX has no sparse initializer of int4", "use --onnx-weights bitmask, or --values int8"
+        )
+    if storage == "sparse-initializer" and not source.patterns:
+        raise ModelError(
+            f"{source.checkpoint.path} has no pruned linear to store as sparse initializers",
+            "prune it first, or use --onnx-weights dense",
+        )
     kind = source.checkpoint.config.get("model_type")
     if kind not in FAMILIES:
         raise ModelError(

@@ -40,18 +40,19 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 def model(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> Path:
     """A 2:4 Llama with rows that are no multiple of 8 columns, and a head tied to the embeddings.
 
-    Tracing takes seconds and depends on the config alone: it is done once.
+    Tracing takes seconds and depends on the config alone: it is done once for each.
     """
     folder = tmp_path_factory.mktemp("onnx")
     patch.setenv("SECATEUR_CACHE", str(folder / "cache"))
     prune_by_hand(folder / "pruned", hidden=36, inner=44, tied=True, dense=("k_proj",))
-    traced: list[ir.Model] = []
+    traced: dict[str, ir.Model] = {}
     plain = trace.trace
 
     def once(module: Any) -> ir.Model:
-        if not traced:
-            traced.append(plain(module))
-        return traced[0].clone()
+        kind = module.config.model_type
+        if kind not in traced:
+            traced[kind] = plain(module)
+        return traced[kind].clone()
 
     patch.setattr(trace, "trace", once)
     return folder / "pruned"
@@ -133,8 +134,11 @@ def logits_of(directory: Path, ids: Array) -> Array:
     return np.concatenate(pieces, axis=1)
 
 
-def reference(directory: Path, ids: Array, mask: Array | None = None) -> Array:
+def reference(
+    directory: Path, ids: Array, mask: Array | None = None, attention: str = "sdpa"
+) -> Array:
     module = load_causal_lm(directory, torch.float32)
+    module.set_attn_implementation(attention)
     inputs: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(ids)}
     if mask is not None:
         inputs["attention_mask"] = torch.from_numpy(mask)
@@ -169,6 +173,17 @@ def test_logits_are_those_of_the_pruned_model(
     called = {(node.domain, node.op_type) for node in graph.graph.node}
     assert called >= {("", "Gemm"), ("secateur", "GroupQueryAttention")}  # 18 is no multiple of 8
     assert all(node.op_type != "MatMul" for node in graph.graph.node)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("gemma2", 2), ("phi3", 1)])
+def test_other_families(
+    family: str, layers: int, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Norms of 1 + w, windows of 8, capped scores and ONNX Runtime's kernel; fused linears."""
+    source = make_model(tmp_path / family, family, num_hidden_layers=layers)
+    write_onnx(source, tmp_path / "out", onnx_weights="dense")
+    want = reference(source, IDS, attention="eager")  # sdpa leaves out the cap
+    np.testing.assert_allclose(logits_of(tmp_path / "out", IDS), want, atol=1e-4)
 
 
 def test_padding_on_the_left_changes_nothing(model: Path, written: Callable[..., Path]) -> None:
@@ -321,6 +336,9 @@ def test_what_cannot_be_written(
         write_onnx(opt, tmp_path / "out")
     with pytest.raises(UsageError, match="sparse initializer of int4"):
         write_onnx(model, tmp_path / "out", values="int4", onnx_weights="sparse-initializer")
+    qwen = make_model(tmp_path / "qwen", "qwen2")
+    with pytest.raises(ModelError, match="has no pruned linear"):
+        write_onnx(qwen, tmp_path / "out", onnx_weights="sparse-initializer")
     with pytest.raises(UsageError, match="'bitmap' is not known"):
         write_onnx(model, tmp_path / "out", onnx_weights="bitmap")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

@@ -156,7 +156,7 @@ def test_latency_beside_the_native_engine(dense: Path, directory: Path) -> None:
     settings = Latency(prompt=8, new_tokens=2, rounds=2, min_seconds=0)
     result = measure_latency([directory], settings, against=dense, threads=1)
     assert result.baseline is not None
-    assert (result.baseline.engine, result.models[0].engine) == ("native", "onnx")
+    assert (result.baseline.engine, result.models[0].engine) == ("native", "onnxruntime")
     assert result.models[0].decode_speedup is not None
     size = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
     assert result.models[0].bytes == size
