@@ -81,7 +81,7 @@ def write_onnx(
     staged = Path(f"{output}.integers")
     source = open_source(model, packed=True)
     stored = _integers_of(source)
-    _check(source, onnx_weights, values or (stored and stored.config.values))
+    _check(source, onnx_weights, values or (stored.config.values if stored else None))
     method = None
     if stored is not None and values in (None, stored.config.values):
         method, values = "kept", stored.config.values
