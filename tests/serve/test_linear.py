@@ -85,7 +85,7 @@ def agree(module: SparseLinear, tolerance: float = 1e-5, shape: tuple[int, ...] 
     ("pattern", "values"),
     [
         *((pattern, values) for pattern in PATTERNS for values in TOLERANCE),
-        *(("dense", values) for values in LIMITS),
+        *(("dense", values) for values in ("int8", "int4")),
     ],
 )
 def test_the_kernels_agree_with_the_dense_product(pattern: str, values: str) -> None:

@@ -157,7 +157,7 @@ def test_latency_beside_the_native_engine(dense: Path, directory: Path) -> None:
     result = measure_latency([directory], settings, against=dense, threads=1)
     assert result.baseline is not None
     assert (result.baseline.engine, result.models[0].engine) == ("native", "onnxruntime")
-    assert result.models[0].decode_speedup is not None
+    assert result.models[0].points[0].decode_speedup is not None
     size = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
     assert result.models[0].bytes == size
     parameters = load_causal_lm(dense, torch.float32).num_parameters()
