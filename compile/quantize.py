@@ -104,7 +104,7 @@ def scale_above(largest: torch.Tensor, limit: int) -> torch.Tensor:
 
 def _power_above(largest: torch.Tensor) -> torch.Tensor:
     """`scale_above` for fp8."""
-    exponent = torch.frexp(largest / LARGEST).exponent.clamp(min=-125)
+    exponent = torch.frexp((largest / LARGEST).clamp(min=2.0**-126)).exponent
     scale = torch.ldexp(torch.ones_like(largest), exponent - 1)
     scale = torch.where(scale * LARGEST < largest, 2 * scale, scale).where(largest > 0, 0)
     if not bool((scale <= LARGEST_SCALE).all()):

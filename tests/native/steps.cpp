@@ -58,13 +58,13 @@ struct Model {
 Model model(Random &random) {
     Model made;
     Dimensions &d = made.shape;
-    d.kv_heads = 1 + random.below(3);
-    d.heads = d.kv_heads * (1 + random.below(4));
+    for (Index i = 1 + random.below(2); i > 0; --i) {  // blocks of sizes of their own
+        const Index kv_heads = 1 + random.below(3);
+        d.layers.push_back({kv_heads * (1 + random.below(4)), kv_heads, 1 + random.below(90)});
+    }
     d.head_dim = 2 * (1 + random.below(random.one_in(4) ? 40 : 10));
     d.hidden = 1 + random.below(70);
-    d.intermediate = 1 + random.below(90);
     d.vocabulary = 1 + random.below(60);
-    d.layers = 1 + random.below(2);
     d.max_length = 16 + random.below(60);
     d.epsilon = 1e-5f;
     d.attention_scale = 0.3f / float(d.head_dim);
@@ -82,15 +82,15 @@ Model model(Random &random) {
         d, std::vector<Rope>{{floats(random, half, 1), 1}}, Table{made.table.data(), Type::fp32},
         floats(random, d.hidden, 1), std::vector<Linear>{linear(random, d.vocabulary, d.hidden)}, made.cache,
         made.pages);
-    const Index queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
-    for (Index i = 0; i < d.layers; ++i) {
+    for (const Sizes &sizes : d.layers) {
+        const Index queries = sizes.heads * d.head_dim, keys = sizes.kv_heads * d.head_dim;
         const auto norm = [&](Index width, Index one_in) {
             return random.one_in(one_in) ? floats(random, width, 0.3f) : Floats();
         };
         made.decoder->add_layer({linears(random, {queries, keys, keys}, d.hidden),
-                                 linears(random, {d.intermediate, d.intermediate}, d.hidden),
+                                 linears(random, {sizes.intermediate, sizes.intermediate}, d.hidden),
                                  {linear(random, d.hidden, queries)},
-                                 {linear(random, d.hidden, d.intermediate)},
+                                 {linear(random, d.hidden, sizes.intermediate)},
                                  norm(d.hidden, 1), norm(d.hidden, 2), norm(d.hidden, 1), norm(d.hidden, 2),
                                  norm(d.head_dim, 2), norm(d.head_dim, 2), int(random.below(2)) - 1,
                                  random.one_in(2) ? 1 + random.below(20) : 0});
