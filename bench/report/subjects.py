@@ -8,10 +8,10 @@ from pathlib import PurePath
 from typing import Literal
 
 from secateur.artifact import Manifest
-from secateur.bench.latency_results import LatencyResult, ModelLatency
+from secateur.bench.latency_results import LatencyResult, ModelLatency, PointLatency
 from secateur.bench.report.inputs import Source
 from secateur.bench.results import AccuracyResult, Estimate, ModelAccuracy, Spread
-from secateur.bench.rivals import RivalsResult
+from secateur.bench.rivals import RivalRow, RivalsResult
 
 Group = Literal["sparse", "dense", "rival"]
 OURS = ("native", "transformers")
@@ -93,26 +93,14 @@ def _merits(subject: Subject) -> tuple[float, float, float] | None:
 def _of_latency(
     model: ModelLatency, qualities: dict[str, tuple[ModelAccuracy, ModelAccuracy | None]]
 ) -> Subject:
-    point = model.points[0]
-    quality, baseline = qualities.get(model.path, (None, None))
     layouts = model.modules if model.engine == "native" else ()
     sparse = "SparseLinear" in model.modules or any(
         not layout.startswith("dense") for layout in layouts
     )
     group: Group = "sparse" if sparse else "dense"
-    return Subject(
-        path=model.path,
-        name=model.path,
-        group=group if model.engine in OURS else "rival",
-        engine=model.engine,
-        bytes=model.bytes,
-        quality=quality,
-        baseline=baseline,
-        prefill=point.prefill_tokens_per_s,
-        decode=point.decode_tokens_per_s,
-        prefill_speedup=point.prefill_speedup,
-        decode_speedup=point.decode_speedup,
-    )
+    quality, baseline = qualities.get(model.path, (None, None))
+    path, engine = model.path, model.engine
+    return _timed(path, engine, model.bytes, group, quality, baseline, model.points[0])
 
 
 def _of_rivals(
@@ -126,22 +114,33 @@ def _of_rivals(
             continue
         quality, baseline = qualities.get(row.path, (None, None))
         group = _group_of_files(row.path, sources, index > 0)
-        made.append(
-            Subject(
-                path=row.path,
-                name=row.path,
-                group=group if row.engine in OURS else "rival",
-                engine=row.engine,
-                bytes=row.bytes,
-                quality=quality,
-                baseline=baseline,
-                prefill=row.prefill_tokens_per_s,
-                decode=row.decode_tokens_per_s,
-                prefill_speedup=row.prefill_speedup,
-                decode_speedup=row.decode_speedup,
-            )
-        )
+        made.append(_timed(row.path, row.engine, row.bytes, group, quality, baseline, row))
     return made
+
+
+def _timed(
+    path: str,
+    engine: str,
+    size: int,
+    group: Group,
+    quality: ModelAccuracy | None,
+    baseline: ModelAccuracy | None,
+    measured: PointLatency | RivalRow,
+) -> Subject:
+    """A model whose speed was measured; another program's is a rival, whatever its linears are."""
+    return Subject(
+        path=path,
+        name=path,
+        group=group if engine in OURS else "rival",
+        engine=engine,
+        bytes=size,
+        quality=quality,
+        baseline=baseline,
+        prefill=measured.prefill_tokens_per_s,
+        decode=measured.decode_tokens_per_s,
+        prefill_speedup=measured.prefill_speedup,
+        decode_speedup=measured.decode_speedup,
+    )
 
 
 def _group_of_files(path: str, sources: Sequence[Source], compared: bool) -> Group:
