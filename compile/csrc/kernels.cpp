@@ -212,6 +212,7 @@ std::vector<double> read_bandwidth(Index bytes, int rounds) {
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+    nb::set_leak_warnings(false); // of matrices that a model still holds when Python ends
     m.doc() = "Native kernels of secateur (C++17, no torch).";
     m.def("cpu_features", &cpu_features,
           "Names of the instruction sets of this CPU that secateur's kernels can use.");

@@ -15,6 +15,10 @@
 
 #include "table.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name from torch 2.12 on
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;

@@ -20,8 +20,6 @@ The back ends:
 Integer values are never given to the sparse tensor cores: these multiply int8 with int8 and know no
 scales along a row, while ours have one for every 32, 64 or 128 columns. fp8 values have one for a
 row, which stands before the whole sum.
-
-The built-in crossovers are counted, not measured: not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -58,13 +56,14 @@ NAMES: dict[BackEnd, str] = {
 Source = Literal["built-in", "measured", "given"]
 
 CROSSOVER: dict[BackEnd, int] = {
-    **dict.fromkeys(("own", "cutlass", "cusparselt", "own-fp8", "cusparselt-fp8"), 64),
-    **dict.fromkeys(("scaled-mm", "unpack"), 128),
+    "own": 1,
+    **dict.fromkeys(("own-fp8", "cusparselt-fp8"), 16),
+    **dict.fromkeys(("cutlass", "cusparselt", "scaled-mm", "unpack"), 64),
 }
-"""Up to how many tokens Triton computes, by what computes above: one tile of tokens, and two.
+"""Up to how many tokens Triton computes, by what computes above.
 
-Up to 64 tokens Triton makes each dense tile once. Unpacking costs that and some 4 bytes a weight
-of memory traffic (2 of fp8), which a second tile of tokens still undercuts.
+As measured on an H100 (docs/gpu.md). Inputs are not rounded to fp8 for the few tokens of decoding,
+though that would be faster from two tokens on.
 """
 _MULTIPLES: dict[BackEnd, tuple[int, int]] = {
     "cusparselt": (16, 16),

@@ -3,22 +3,24 @@
     y [tokens, rows] = (x8 @ w8.T) * scale of the token * scale of the row + bias
 
 Each token's inputs have a scale (`secateur.compile.quantize.round_tokens`), as in vLLM. The sums
-are fp32. Not run on a GPU.
+are fp32.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
 
-from secateur.compile.quantize import round_tokens
-
-_TOKENS = 16  # that cuSPARSELt takes a multiple of, in 8 bits
+from secateur.compile import quantize
+from secateur.compile.gpu import cusparselt
 
 
-def compress(weight: torch.Tensor) -> torch.Tensor:
-    """A 2:4 weight, float8_e4m3fn ``[rows, columns]``, in the form of cuSPARSELt."""
-    return torch._cslt_compress(weight)
+def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`secateur.compile.quantize.round_tokens`; on a GPU by a kernel of our own."""
+    if not x.is_cuda:
+        return quantize.round_tokens(x)
+    from secateur.compile.gpu import triton_product
+
+    return triton_product.round_tokens(x.contiguous())
 
 
 def sparse_product(
@@ -27,7 +29,7 @@ def sparse_product(
     """By cuSPARSELt, which knows no scales of tokens: it gives fp32, and torch does the rest.
 
     Args:
-        compressed: of `compress`.
+        compressed: of `cusparselt.compress`.
         x: ``[tokens, columns]``.
         scales: fp32 ``[rows]``.
         bias: ``[rows]`` of x's type.
@@ -35,11 +37,8 @@ def sparse_product(
     Returns:
         ``[tokens, rows]`` of x's type, rounded once.
     """
-    values, own = round_tokens(pad(x, (0, 0, 0, -len(x) % _TOKENS)))
-    sums = torch._cslt_sparse_mm(
-        compressed, values.t(), out_dtype=torch.float32, transpose_result=True
-    )
-    y = sums[: len(x)] * scales * own[: len(x)]
+    values, own = round_tokens(x)
+    y = cusparselt.product(compressed, values, out_dtype=torch.float32) * scales * own
     return (y if bias is None else y + bias).to(x.dtype)
 
 

@@ -1,10 +1,8 @@
 """A packed linear on a GPU: the parts that its plan's back ends read, and the product.
 
-    matrix = hold(pieces, "bf16", torch.device("cuda"))
-    y = matrix.multiply(x, bias)      # x [tokens, columns], y [tokens, rows]
-    print(matrix.plan)
-
-Not yet measured on a GPU.
+matrix = hold(pieces, "bf16", torch.device("cuda"))
+y = matrix.multiply(x, bias)      # x [tokens, columns], y [tokens, rows]
+print(matrix.plan)
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 
 from secateur.compile.config import PackedLayer
-from secateur.compile.gpu import crossover, fp8, machine
+from secateur.compile.gpu import crossover, cusparselt, fp8, machine
 from secateur.compile.gpu.blocks import Blocks, make_blocks
 from secateur.compile.gpu.dispatch import (
     BackEnd,
@@ -57,9 +55,9 @@ class GpuMatrix:
         if plan.large == "cutlass":
             self._meta = metadata(blocks, 0)
         elif plan.large == "cusparselt":
-            self._compressed = torch._cslt_compress(self.dense())
+            self._compressed = cusparselt.compress(self.dense())
         elif plan.large == "cusparselt-fp8":
-            self._compressed = fp8.compress(self._fp8())
+            self._compressed = cusparselt.compress(self._fp8())
         elif plan.large in ("own", "own-fp8"):
             self._own = OwnProduct(library_for(blocks.bits.device), blocks, self.dtype)
             self._meta = self._own.meta
@@ -128,7 +126,10 @@ class GpuMatrix:
             if end in ("own", "own-fp8"):
                 assert self._own is not None
                 return self._own.multiply(self.blocks, x, bias)
-            return self._semi_structured(end, x, bias)
+            if end == "cusparselt":
+                assert self._compressed is not None
+                return cusparselt.product(self._compressed, x, bias)
+            return self._by_cutlass(x, bias)
 
     def _in_fp8(self, end: BackEnd, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """By torch's kernels for fp8, with x rounded to it."""
@@ -139,18 +140,9 @@ class GpuMatrix:
         assert self._compressed is not None
         return fp8.sparse_product(self._compressed, x, scales, bias)
 
-    def _semi_structured(
-        self, end: BackEnd, x: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """By the sparse tensor cores: W is the left operand, its result the transposed one."""
+    def _by_cutlass(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """By torch's CUTLASS: W is the left operand, its result the transposed one."""
         tokens, rows = len(x), self.weight.rows
-        if end == "cusparselt":
-            assert self._compressed is not None
-            given = pad(x, (0, 0, 0, -tokens % _TOKENS)).t()
-            result = torch._cslt_sparse_mm(
-                self._compressed, given, bias=bias, transpose_result=True
-            )
-            return result[:tokens].contiguous()
         assert self._meta is not None
         values = self.blocks.values
         wide = 2 * values.shape[1] - self.weight.columns

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from secateur.compile.config import PackedLayer
-from secateur.compile.gpu import fp8
+from secateur.compile.gpu import cusparselt, fp8
 from secateur.compile.gpu.blocks import make_blocks
 from secateur.compile.gpu.dispatch import NAMES, BackEnd, Machine, Weight, choose
 from secateur.compile.gpu.own import OwnProduct, library_for
@@ -108,12 +109,14 @@ def _product(end: BackEnd, weight: torch.Tensor, x: torch.Tensor) -> torch.Tenso
     if end == "cusparselt":
         made = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
     if end in ("cutlass", "cusparselt"):
-        return torch.nn.functional.linear(x, made.from_dense(weight))
+        with warnings.catch_warnings():  # that its interface may change, which a trial would show
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.nn.functional.linear(x, made.from_dense(weight))
     if end in ("cusparselt-fp8", "scaled-mm"):
         values, ones = weight.to(torch.float8_e4m3fn), torch.ones(len(weight), device=x.device)
         if end == "scaled-mm":
             return fp8.scaled_product(values, x, ones, None)
-        return fp8.sparse_product(fp8.compress(values), x, ones, None)
+        return fp8.sparse_product(cusparselt.compress(values), x, ones, None)
     library, (rows, columns) = library_for(x.device), weight.shape
     kept = weight[weight != 0].view(rows, -1).cpu()
     layer = PackedLayer(

@@ -4,8 +4,8 @@
     y = product.multiply(blocks, x, bias)      # x [tokens, columns], y [tokens, rows]
 
 The kept values are those of the 2:4 blocks; the metadata is made from their bits, in the order that
-the library's kernels name. fp8 weights take inputs in fp8, with a scale for each token. Not run on
-a GPU: arguments, strides, metadata and workspace are tested with a library of the same interface
+the library's kernels name. fp8 weights take inputs in fp8, with a scale for each token. Tests
+without a GPU check arguments, strides, metadata and workspace with a library of the same interface
 that computes on a CPU.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from secateur.compile.gpu import sm80, sm90
+from secateur.compile.gpu import fp8, sm80, sm90
 from secateur.compile.gpu.blocks import Blocks
 from secateur.compile.gpu.cutlass.kernels import Kernel
 from secateur.compile.gpu.cutlass.library import (
@@ -30,7 +30,6 @@ from secateur.compile.gpu.cutlass.library import (
 )
 from secateur.compile.gpu.cutlass.tiles import choose, current_table
 from secateur.compile.gpu.semi_structured import RULES, Rule
-from secateur.compile.quantize import round_tokens
 from secateur.errors import EnvironmentFault
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -89,10 +88,11 @@ class OwnProduct:
         """
         m, k, tokens = blocks.bits.shape[0], 8 * blocks.bits.shape[1], len(x)
         n = tokens + -tokens % self._step
-        x = pad(x, (0, k - blocks.columns, 0, n - tokens)).contiguous()
-        scales = None
+        if (n, k) != x.shape:
+            x = pad(x, (0, k - blocks.columns, 0, n - tokens))
+        x, scales = x.contiguous(), None
         if blocks.value_type == "fp8":
-            x, scales = round_tokens(x)
+            x, scales = fp8.round_tokens(x)
         if bias is not None:
             bias = pad(bias, (0, m - len(bias))).contiguous()
         number = self._number(m, n, k, x.device)

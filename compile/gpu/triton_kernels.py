@@ -5,9 +5,11 @@
 One kernel for all sparse patterns and for bf16, fp16, int8, int4 and fp8 values: the weight lies in
 blocks (`secateur.compile.gpu.blocks`). A program makes BR rows of y. Block after block it loads
 values and bits with vector loads, spreads the values to their columns in registers, and multiplies
-the tile with the tensor cores, which accumulate in fp32. With few tokens the time is meant to be
-that of reading the weight, and the tensor cores have nothing else to do: hence no second kernel
-for one token.
+the tile with the tensor cores, which accumulate in fp32.
+
+With one token and 2:4 (`one_token`) nothing is spread: each kept value picks its input of four, and
+is multiplied in fp32 where it was loaded. The tile for the tensor cores would pass through shared
+memory, which takes longer than to read the weight.
 
 How values find their columns:
 
@@ -17,7 +19,6 @@ How values find their columns:
   memory.
 
 With TRITON_INTERPRET=1 in the environment at import they run in Python, slowly, on CPU tensors.
-Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -43,6 +44,20 @@ def _fp8(byte: tl.tensor) -> tl.tensor:
     """
     bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
     return bits.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def _to_fp8(value: tl.tensor) -> tl.tensor:
+    """The bytes of fp32 in e4m3fn, rounded to nearest even; beyond 448 it is 448.
+
+    By hand: triton's interpreter loses the carry into the exponent.
+    """
+    size = tl.minimum(tl.abs(value), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    small = (size + 16384.0).to(tl.int32, bitcast=True) & 15  # in units of 2^-9
+    sign = (value.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (tl.where(size < 0.015625, small, normal) | sign).to(tl.uint8)
 
 
 @triton.jit
@@ -227,6 +242,117 @@ def product(
     place = (part.to(tl.int64) * tokens + token[:, None]) * rows + row[None, :]
     inside = (token < tokens)[:, None] & (row < rows)[None, :]
     tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def one_token(
+    x: tl.tensor,
+    values: tl.tensor,
+    bits: tl.tensor,
+    scales: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    padded_rows: tl.tensor,
+    padded: tl.tensor,
+    BR: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    FP8: tl.constexpr,
+    BIAS: tl.constexpr,
+) -> None:
+    """The product with one token and 2:4. Grid: BR rows each.
+
+    Args:
+        x: ``[columns]``, bf16 or fp16, of the type of floating-point values.
+        values, bits, scales: of `Blocks`.
+        bias, y: ``[rows]``, of x's type; the bias is read if BIAS.
+        padded_rows, padded: rows and columns of the padded weight.
+        SPAN: columns at once.
+        GROUP: columns that share a scale, of integers.
+        BITS, FP8: as of `product`.
+    """
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    GROUPS: tl.constexpr = SPAN // 4
+    acc = tl.zeros((BR, GROUPS), tl.float32)
+    for first in range(0, padded, SPAN):
+        group = first // 4 + tl.arange(0, GROUPS)
+        at = first // 8 + tl.arange(0, SPAN // 8)
+        inside = (at < padded // 8)[None, :]
+        byte = tl.load(bits + row[:, None] * (padded // 8) + at[None, :], mask=inside, other=0)
+        byte = byte.to(tl.int32)
+        four = tl.reshape(tl.join(byte & 15, byte >> 4), (BR, GROUPS))
+        if BITS == 4:
+            inside = (group < padded // 4)[None, :]
+            stored = values + row[:, None] * (padded // 4) + group[None, :]
+            pair = tl.load(stored, mask=inside, other=0).to(tl.int32)
+            a, b = _integers(pair & 15, 8), _integers(pair >> 4, 8)
+        else:
+            at = first // 2 + tl.arange(0, SPAN // 2)
+            inside = (at < padded // 2)[None, :]
+            stored = values + row[:, None] * (padded // 2) + at[None, :]
+            pairs = tl.reshape(tl.load(stored, mask=inside, other=0), (BR, GROUPS, 2))
+            a, b = tl.split(pairs)
+            if FP8:
+                a, b = _fp8(a.to(tl.int32)).to(tl.float32), _fp8(b.to(tl.int32)).to(tl.float32)
+            elif BITS == 8:
+                a, b = _integers(a.to(tl.int32), 128), _integers(b.to(tl.int32), 128)
+            else:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+        column = first + tl.arange(0, SPAN)
+        given = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(given, (GROUPS, 2, 2)))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        for_a = tl.where(
+            (four & 1) != 0, x0[None, :], tl.where((four & 2) != 0, x1[None, :], x2[None, :])
+        )
+        for_b = tl.where(
+            four >= 8, x3[None, :], tl.where((four & 4) != 0, x2[None, :], x1[None, :])
+        )
+        if BITS < 16 and not FP8:
+            of = (4 * group // GROUP)[None, :] * padded_rows + row[:, None]
+            scale = tl.load(scales + of, mask=(4 * group < padded)[None, :], other=0.0)
+            acc += (a * for_a + b * for_b) * scale.to(tl.float32)
+        else:
+            acc += a * for_a
+            acc += b * for_b
+    out = tl.sum(acc, 1)
+    if FP8:
+        out *= tl.load(scales + row)
+    if BIAS:
+        out += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(y + row, out.to(y.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def round_tokens(
+    x: tl.tensor,
+    rounded: tl.tensor,
+    scales: tl.tensor,
+    columns: tl.tensor,
+    SPAN: tl.constexpr,
+) -> None:
+    """X ``[tokens, columns]`` in e4m3fn with a scale for each token. Grid: tokens.
+
+    To the bit as `secateur.compile.quantize.round_tokens`, whose seven passes over memory it saves.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((SPAN,), tl.float32)
+    for first in range(0, columns, SPAN):
+        column = first + tl.arange(0, SPAN)
+        part = tl.load(x + token * columns + column, mask=column < columns, other=0.0)
+        largest = tl.maximum(largest, tl.abs(part.to(tl.float32)), tl.PropagateNan.ALL)
+    scale = tl.div_rn(tl.max(largest, 0), 448.0)
+    scale = tl.where(scale == 0, 1.0, scale)
+    tl.store(scales + token, scale)
+    for first in range(0, columns, SPAN):
+        column = first + tl.arange(0, SPAN)
+        part = tl.load(x + token * columns + column, mask=column < columns, other=0.0)
+        part = _to_fp8(tl.div_rn(part.to(tl.float32), scale))
+        tl.store(rounded + token * columns + column, part, mask=column < columns)
 
 
 @triton.jit

@@ -48,14 +48,17 @@ def _subclasses(kind: type) -> list[type]:
 
 
 def _install() -> None:
-    before = GradientCheckpointingLayer.__init_subclass__
+    before = GradientCheckpointingLayer.__dict__.get("__init_subclass__")  # not of all versions
+    if hasattr(getattr(before, "__func__", None), _DONE):
+        return
 
     def __init_subclass__(cls: type, /, **options: Any) -> None:
-        before.__func__(cls, **options)
+        if before is None:
+            super(GradientCheckpointingLayer, cls).__init_subclass__(**options)
+        else:
+            before.__func__(cls, **options)
         _give_own_config(cls)
 
-    if hasattr(before.__func__, _DONE):
-        return
     setattr(__init_subclass__, _DONE, True)
     GradientCheckpointingLayer.__init_subclass__ = classmethod(__init_subclass__)
     for kind in _subclasses(GradientCheckpointingLayer):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from secateur.compile.gpu import held, machine, sm80
+from secateur.compile.gpu import cusparselt, held, machine, sm80
 from secateur.compile.gpu.dispatch import Machine
 from secateur.serve.linear import kernel_report
 from secateur.serve.vllm.product import Product, make_product
@@ -129,11 +129,21 @@ def test_the_parts_for_cutlass_are_those_of_the_weight(
 def test_the_parts_for_cusparselt_are_those_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its layout is opaque: what is checked is what it is given, and what is made of its answer."""
 
-    def product(compressed: Any, x: Any, bias: Any = None, transpose_result: bool = False) -> Any:
+    searches = []
+
+    def search(compressed: Any, x: Any, *_: Any) -> int:
+        searches.append(x.shape[1])
+        return 7
+
+    def product(compressed: Any, x: Any, bias: Any, transpose_result: bool, **more: Any) -> Any:
         assert transpose_result
+        assert more == {"out_dtype": None, "alg_id": 7}
         assert x.shape[1] % 8 == 0
         return torch.nn.functional.linear(x.t(), compressed, bias)
 
+    monkeypatch.setattr(cusparselt, "_algorithms", {})
+    monkeypatch.setattr(cusparselt, "_LEAST", 48)
+    monkeypatch.setattr(cusparselt, "_search", search)
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
     monkeypatch.setattr(machine, "read", lambda _: Machine((9, 0), {"own": "not built"}))
@@ -144,9 +154,15 @@ def test_the_parts_for_cusparselt_are_those_of_the_weight(monkeypatch: pytest.Mo
         y = module(x)
     twin = torch.nn.functional.linear(x, weight.bfloat16(), module.bias)
     assert torch.allclose(y.float(), twin.float(), atol=0.1)
+    with torch.no_grad():
+        module(x.tile(2, 1)[:128])
+        module(x.tile(2, 1)[:129])
+    assert searches == [72, 136]  # once for each power of two
 
 
-def product_of_float8(compressed: Any, x: Any, out_dtype: Any, transpose_result: bool) -> Any:
+def product_of_float8(
+    compressed: Any, x: Any, out_dtype: Any, transpose_result: bool, **more: Any
+) -> Any:
     """``torch._cslt_sparse_mm`` of a weight that was not compressed."""
     assert (compressed.dtype, x.dtype, out_dtype) == (FP8, FP8, torch.float32)
     assert transpose_result
@@ -182,6 +198,7 @@ def test_fp8_with_many_tokens(
 ) -> None:
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product_of_float8)
+    monkeypatch.setattr(cusparselt, "_search", lambda *_: 0)
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     monkeypatch.setattr(machine, "read", lambda _: Machine((9, 0), {"own-fp8": "not built"}))
     if how == "as they are":
@@ -257,7 +274,7 @@ def test_the_report_says_which_kernel_runs_when(monkeypatch: pytest.MonkeyPatch)
     members.append(make(draw("10%", "fp16", 32, 128)[0], torch.float16))
     report = kernel_report(torch.nn.Sequential(*members))
     assert [str(use) for use in report] == [
-        "2 packed linears: 2:4 bf16 32x128, 0.0 MB: Triton up to 128 tokens, cuBLAS on the weight "
+        "2 packed linears: 2:4 bf16 32x128, 0.0 MB: Triton up to 64 tokens, cuBLAS on the weight "
         "unpacked for each call above (built-in crossover): no secateur's CUTLASS: this is no GPU; "
         "no torch's CUTLASS: this is no GPU; no cuSPARSELt: this is no GPU",
         "1 packed linear: dense copy in torch, float16, 0.0 MB: the packed form takes 96 % of the "

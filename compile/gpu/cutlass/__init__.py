@@ -1,6 +1,6 @@
 """CUTLASS's sparse GEMMs: enumerated, compiled here with nvcc, called through a C interface.
 
-docs/gpu.md says how to build them and which one computes what. They were not yet measured on a GPU.
+docs/gpu.md says how to build them and which one computes what.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
     number = gemm.number("sm_90a-bf16-128x128x128")
     gemm.launch(number, Operands(...), stream=torch.cuda.current_stream().cuda_stream)
 
-Loading it and everything but `SparseGemmLibrary.launch` need neither a GPU nor a driver. What it
-computes was not yet measured on a GPU.
+Loading it and everything but `SparseGemmLibrary.launch` need neither a GPU nor a driver.
 """
 
 from __future__ import annotations

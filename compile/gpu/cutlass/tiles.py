@@ -1,8 +1,10 @@
 """Which kernel computes a product: a table by shape, and the model that the first one came from.
 
 A row of the table holds for products of up to so many outputs m, tokens n and inputs k; the first
-row that fits counts. ``tiles.json`` beside this file was written by `modelled`; a run on a GPU puts
-its own rows before those (`refreshed`). The model was not yet measured on a GPU.
+row that fits counts. ``tiles.json`` beside this file holds what was measured on an H100
+(docs/gpu/h100-cutlass.json) before the rows of `modelled`; a run on another GPU puts its own rows
+before those (`refreshed`). On the H100 the model's tile was the fastest of four for 56 of 64
+products in bf16 and fp8, and at most 21 % slower.
 """
 
 from __future__ import annotations
@@ -181,7 +183,7 @@ def modelled() -> TileTable:
             for m in ROWS:
                 rows += _for_rows(usable, m)
     names = ", ".join(f"{arch}: {device.name}" for arch, device in DEVICES.items())
-    return TileTable(f"model, not yet measured on a GPU ({names})", tuple(rows))
+    return TileTable(f"model ({names})", tuple(rows))
 
 
 def _for_rows(usable: list[Kernel], m: int) -> Iterable[Row]:

@@ -1,4 +1,4 @@
-"""Timing the kernels on the GPU at hand, for the table of tiles. Not yet run on a GPU.
+"""Timing the kernels on the GPU at hand, for the table of tiles.
 
 The weights are made so that no packer is needed: of every group the first half is kept, so that all
 metadata is equal, whatever its order. The first result of each kernel is checked.

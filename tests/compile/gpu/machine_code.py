@@ -3,7 +3,7 @@
     TRITON_INTERPRET=0 python tests/compile/gpu/machine_code.py 80:2:4:bf16 90:50%:int8
 
 prints as JSON, by configuration, how often each instruction occurs (operation and modifiers), and
-the instructions of the loop over blocks for each weight and thread. docs/gpu.md cites the latter.
+the instructions of the loop over blocks for each weight and thread.
 Run as a program because triton is imported either interpreted or not.
 """
 
@@ -32,8 +32,9 @@ def assembly(capability: int, pattern: str, values: str, width: int, kernel: str
     from triton.compiler import ASTSource
 
     from secateur.compile.gpu import triton_kernels
-    from secateur.compile.gpu.triton_product import STAGES, warps_of
+    from secateur.compile.gpu.triton_product import STAGES
 
+    rows, columns, warps = shape_of(pattern, width, kernel)
     half = "*fp16" if values == "fp16" else "*bf16"
     types: dict[str, Any] = {"values": STORED[values], "bits": "*u8", "starts": "*i32"}
     types |= {
@@ -44,21 +45,24 @@ def assembly(capability: int, pattern: str, values: str, width: int, kernel: str
         "y": half,
     }
     types |= dict.fromkeys(("tokens", "rows", "columns", "blocks"), "i32")
-    constants = {"BT": 16, "BR": 4096 // width, "BK": width, "TWO_FOUR": pattern == "2:4"}
+    types |= dict.fromkeys(("padded_rows", "padded"), "i32")
+    constants = {"BT": 16, "BR": rows, "BK": width, "TWO_FOUR": pattern == "2:4"}
     constants |= {"BITS": BITS[values], "FP8": values == "fp8", "BIAS": False}
+    constants |= {"SPAN": columns, "GROUP": width}
     function = getattr(triton_kernels, kernel)
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     names = function.arg_names
     aligned = {
         (i,): ALIGNED
         for i, name in enumerate(names)
-        if name in ("rows", "columns") or str(types.get(name, "")).startswith("*")
+        if name in ("rows", "columns", "padded_rows", "padded")
+        or str(types.get(name, "")).startswith("*")
     }
     signature = {name: types.get(name, "constexpr") for name in names}
     made = triton.compile(
         ASTSource(function, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps_of(4096 // width), "num_stages": STAGES},
+        options={"num_warps": warps, "num_stages": STAGES},
     )
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -69,6 +73,18 @@ def assembly(capability: int, pattern: str, values: str, width: int, kernel: str
         ).stdout
     found = re.findall(r"^(\.L_x_\d+):|^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", told, re.MULTILINE)
     return [f"LABEL {label}" if label else instruction for label, instruction in found]
+
+
+def shape_of(pattern: str, width: int, kernel: str) -> tuple[int, int, int]:
+    """Rows and columns that a program takes at once, and its warps; as `triton_product` has it."""
+    from secateur.compile.gpu.triton_product import warps_of
+
+    if kernel == "one_token":
+        return 8, 1024, 4
+    rows = 4096 // width
+    if kernel == "product" and pattern == "2:4":
+        rows = max(64, rows)
+    return rows, width, warps_of(rows)
 
 
 def operation(instruction: str) -> str:
@@ -96,10 +112,9 @@ def main(wanted: list[str]) -> None:
         assert form is not None, text
         width, kernel = int(form[4] or 128), form[5] or "product"
         code = assembly(int(form[1]), form[2], form[3], width, kernel)
-        from secateur.compile.gpu.triton_product import warps_of
-
         counts = Counter(operation(line) for line in code if not line.startswith("LABEL"))
-        each = len(loop(code)) * 32 * warps_of(4096 // width) / 4096
+        rows, columns, warps = shape_of(form[2], width, kernel)
+        each = len(loop(code)) * 32 * warps / (rows * columns)
         facts[text] = {"operations": counts, "instructions_per_weight": round(each, 2)}
     json.dump(facts, sys.stdout)
 

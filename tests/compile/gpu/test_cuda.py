@@ -142,7 +142,7 @@ def test_a_product_can_be_captured_in_a_graph() -> None:
 
 def test_the_crossover_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_CROSSOVER", "measure")
-    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    monkeypatch.setattr(crossover, "cache_directory", lambda: tmp_path)
     pieces, _ = draw("2:4", "bf16", 1024, 1024)
     first = hold(pieces, "bf16", CUDA)
     content = json.loads(crossover.cache_file().read_text())

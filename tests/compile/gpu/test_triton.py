@@ -9,10 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secateur.compile import quantize
 from secateur.compile.config import PackedLayer
 from secateur.compile.gpu import triton_product
 from secateur.compile.gpu.blocks import make_blocks
-from secateur.compile.gpu.triton_product import multiply, parts_of, tile_tokens, unpack
+from secateur.compile.gpu.triton_product import (
+    multiply,
+    parts_of,
+    round_tokens,
+    tile_tokens,
+    unpack,
+)
 from secateur.compile.packed import decode
 from secateur.compile.packed import pieces as packed_pieces
 from secateur.pattern import Pattern
@@ -137,3 +144,21 @@ def test_tiles_of_tokens() -> None:
     assert [tile_tokens(n) for n in (1, 16, 17, 32, 33, 64, 65, 5000)] == [
         *(16, 16, 32, 32, 64, 64, 64, 64)
     ]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    tokens=st.integers(1, 5),
+    columns=st.integers(1, 300),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    size=st.sampled_from([1e-5, 1.0, 1e4]),
+)
+def test_inputs_are_rounded_to_the_bit(
+    tokens: int, columns: int, dtype: torch.dtype, size: float
+) -> None:
+    x = (torch.randn(tokens, columns) * size).to(dtype)
+    x[0] = 0
+    rounded, scales = round_tokens(x)
+    wanted, wanted_scales = quantize.round_tokens(x)
+    assert torch.equal(scales, wanted_scales)
+    assert torch.equal(rounded.view(torch.uint8), wanted.view(torch.uint8))

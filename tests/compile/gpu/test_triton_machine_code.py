@@ -25,6 +25,8 @@ CONFIGURATIONS = {
 }
 # What a thread issues for each of its weights; more would be a loss of speed to look into.
 MOST = {"2:4": {16: 7.5, 8: 9.5, 4: 9.5}, "50%": {16: 13, 8: 16.5, 4: 17}}
+UNPACK = "80:50%:int4:128:unpack"
+ONE_TOKEN = {"90:2:4:bf16:128:one_token": 5, "80:2:4:int8:128:one_token": 7.5}
 BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "fp8": 8}
 
 
@@ -34,7 +36,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
     }
-    command = [sys.executable, str(PROGRAM), *CONFIGURATIONS, "80:50%:int4:128:unpack"]
+    command = [sys.executable, str(PROGRAM), *CONFIGURATIONS, *ONE_TOKEN, UNPACK]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -62,6 +64,16 @@ def test_instructions_for_each_weight(facts: dict[str, Any], name: str) -> None:
 
 
 def test_unpacking_spills_nothing(facts: dict[str, Any]) -> None:
-    operations = facts["80:50%:int4:128:unpack"]["operations"]
+    operations = facts[UNPACK]["operations"]
     assert not [op for op in operations if op.startswith(("LDL", "STL"))]
     assert any(op.startswith("STG") and ".128" in op for op in operations)
+
+
+@pytest.mark.parametrize("name", ONE_TOKEN)
+def test_one_token_needs_neither_tensor_cores_nor_many_instructions(
+    facts: dict[str, Any], name: str
+) -> None:
+    operations = facts[name]["operations"]
+    assert facts[name]["instructions_per_weight"] <= ONE_TOKEN[name]
+    assert not [op for op in operations if op.startswith(("LDL", "STL", "HMMA", "HGMMA"))]
+    assert sum(n for op, n in operations.items() if op.startswith("LDG") and ".128" in op) >= 2
