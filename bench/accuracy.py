@@ -26,6 +26,7 @@ from secateur.bench.results import (
 )
 from secateur.bench.subjects import (
     check_models,
+    directory_of,
     model_bytes,
     open_models,
 )
@@ -75,7 +76,8 @@ def measure_accuracy(
     """Score models on one text; all of them, and the baseline, are in memory at once.
 
     Args:
-        models: directories of dense, pruned or packed models.
+        models: directories of dense, pruned or packed models, or GGUF files: of these the
+            weights that they stand for are measured, dequantised, without llama.cpp.
         settings: text, window, stride, number of windows, tasks; None: the defaults.
         against: the dense model that KL, agreement and ratios refer to.
         dtype: compute type: float32, bfloat16, float16 or auto.
@@ -100,7 +102,8 @@ def measure_accuracy(
     place = choose_device(device)
     dtype, note = choose_dtype(dtype, place)
     environment = Environment.read(place)
-    paths = [*([against] if against is not None else []), *models]
+    names = [*([against] if against is not None else []), *models]
+    paths = [directory_of(name) for name in names]
     check_models(paths, window)
     ids = _token_ids(paths, read_text(settings.data), settings.data)
     windows = count_windows(len(ids), window, stride)
@@ -137,7 +140,7 @@ def measure_accuracy(
             if baseline is None and against is not None:
                 baseline = logits
     progress(windows, windows)
-    rows = [_summary(path, own, scores[0]) for path, own in zip(paths, scores, strict=True)]
+    rows = [_summary(name, own, scores[0]) for name, own in zip(names, scores, strict=True)]
     if tasks:
         answers = [
             ask(model, load_tokenizer(path), tasks, limit=settings.limit, quiet=quiet)
@@ -155,7 +158,7 @@ def measure_accuracy(
         notes=(note,) if note else (),
         text=TextFacts(
             name=settings.data,
-            tokenizer=str(paths[0]),
+            tokenizer=str(names[0]),
             tokens=len(ids),
             evaluated_tokens=len(evaluated),
             sha256=_sha256(evaluated),

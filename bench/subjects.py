@@ -11,19 +11,31 @@ from secateur.bench.results import Environment
 from secateur.checkpoint import Checkpoint
 from secateur.errors import ModelError, UsageError
 from secateur.model import load_causal_lm
+from secateur.source import resolve_model
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-def model_bytes(directory: str | Path) -> int:
-    """The bytes of the weight files (the ``*.safetensors`` that the model reads) of a directory.
+def directory_of(model: str | Path) -> Path:
+    """A model's directory; of a GGUF file the one that it was dequantised into.
+
+    Raises:
+        ModelError: there is no such GGUF file, or transformers cannot read it.
+    """
+    return resolve_model(str(model)) if Path(model).suffix == ".gguf" else Path(model)
+
+
+def model_bytes(model: str | Path) -> int:
+    """The bytes of the weight files (the ``*.safetensors`` that are read, or the GGUF file).
 
     Raises:
         ModelError: the directory or one of its files is missing or damaged.
     """
-    return sum(file.stat().st_size for file in Checkpoint(directory).files)
+    if Path(model).suffix == ".gguf":
+        return Path(model).stat().st_size
+    return sum(file.stat().st_size for file in Checkpoint(model).files)
 
 
 def check_models(paths: Sequence[str | Path], positions: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, Field
 
 from secateur.errors import ModelError, UsageError
+from secateur.layer_sizes import PER_LAYER
 from secateur.model import Linear, StreamedModel
 from secateur.pattern import Pattern
 from secateur.prune.allocate import Allocation, find_allocation
@@ -89,6 +90,11 @@ def plan_model(model: StreamedModel, prune: Prune, calibration: Calibration) -> 
         raise UsageError(
             f"channels are permuted for N:M patterns, and the pattern is {prune.pattern}",
             "drop --permute, or give a pattern like 2:4",
+        )
+    if prune.permute and PER_LAYER in model.checkpoint.config:
+        raise UsageError(
+            "channels of blocks with different sizes are not permuted",
+            "drop --permute; or permute first, and remove heads and channels then",
         )
     if prune.permute and not model.channels(0):
         raise UsageError(

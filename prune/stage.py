@@ -18,7 +18,7 @@ from secateur.prune.memory import LIBRARIES, resident
 from secateur.prune.narrowed import NarrowedModel
 from secateur.prune.narrowing import Narrowing, find_structured, is_structured
 from secateur.prune.plan import Plan, allocated, plan_model, steps_of
-from secateur.prune.work import Work
+from secateur.prune.work import MASKS, Work
 from secateur.recipe import Calibration, Prune
 from secateur.sizes import parse_size
 from secateur.source import resolve_model
@@ -144,6 +144,16 @@ def _narrow(
     _, _, compensation = find_structured(prune)
     refuse_existing(output, overwrite)
     checkpoint = Checkpoint(resolve_model(model, cache))
+    if (checkpoint.path / MASKS).exists():
+        raise UsageError(
+            f"{checkpoint.path} has masks, which do not survive the removal of heads and channels",
+            "remove these first, from the dense model, and prune the result to a pattern",
+        )
+    if prune.memory is not None:
+        raise UsageError(
+            f"--memory {prune.memory} cannot be kept: structured methods hold the whole model",
+            "drop --memory",
+        )
     device, dtype = _place(prune)
     opened = NarrowedModel(checkpoint, device, dtype, biases=compensation == "bias")
     started = time.monotonic()

@@ -20,6 +20,7 @@ from secateur.bench import AccuracyResult, measure_accuracy
 from secateur.bench.accuracy import count_windows, score_window
 from secateur.errors import ModelError, UsageError
 from secateur.recipe import Accuracy
+from tests.conftest import REAL_MODEL
 
 
 def ids_of(model: Path, text: Path) -> list[int]:
@@ -216,3 +217,17 @@ def test_top_k_agreement_by_sets() -> None:
     assert score.shared == 200  # all of them
     same = score_window(logits, logits, targets, 5)
     assert same.shared == same.agreeing == 200
+
+
+def test_a_gguf_file_is_measured_by_the_weights_it_stands_for(
+    smollm2: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    chosen = Accuracy(data=str(text), window=32, windows=1)
+    result = measure_accuracy([REAL_MODEL], chosen, against=smollm2)
+    (row,) = result.models
+    assert (row.path, row.bytes) == (str(REAL_MODEL), REAL_MODEL.stat().st_size)
+    assert result.baseline is not None
+    assert row.nll == result.baseline.nll  # the directory was dequantised from this file
+    with pytest.raises(ModelError, match=r"no GGUF file at .*missing\.gguf"):
+        measure_accuracy([tmp_path / "missing.gguf"], chosen)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from secateur.architecture import Parts
 from secateur.checkpoint import Checkpoint
-from secateur.errors import ModelError, UsageError
+from secateur.errors import UsageError
 from secateur.model import load_causal_lm
 from secateur.prune import prune_model
 from secateur.prune.adapt import importance, next_removed
@@ -324,14 +324,6 @@ def test_compensation_brings_blocks_closer(
     )
 
 
-def test_biases_that_a_family_cannot_hold_are_refused(
-    model_of: Callable[[str], Path], text: Calibration, tmp_path: Path
-) -> None:
-    recipe = Prune.model_validate({"method": "flap+bias", "pattern": "30%"})
-    with pytest.raises(ModelError, match="hold no biases"):
-        prune_model(str(model_of("qwen3")), tmp_path / "out", recipe, text, quiet=True)
-
-
 def test_an_interrupted_run_goes_on(
     model_of: Callable[[str], Path],
     text: Calibration,
@@ -400,39 +392,3 @@ def test_the_budget_is_met_and_hardly_undershot(
     assert found.weights <= budget.weights
     step = max(original.group_weights, multiple * original.channel_weights)
     assert found.weights > budget.weights - 3 * step
-
-
-@pytest.mark.parametrize(
-    ("recipe", "said"),
-    [
-        ({"method": "adapt", "pattern": "2:4"}, "the pattern is 2:4"),
-        ({"method": "adapt+swaps", "pattern": "20%"}, "cannot follow 'adapt'"),
-        ({"method": "adapt+lsq+bias", "pattern": "20%"}, "more than one way"),
-        ({"method": "shortgpt+lsq", "pattern": "20%"}, "removes whole blocks"),
-        ({"method": "adapt", "pattern": "20%", "settings": {"flap.x": 1}}, "is not 'adapt'"),
-        ({"method": "sleb", "pattern": "95%"}, "at the least"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(
-    recipe: dict[str, Any],
-    said: str,
-    model_of: Callable[[str], Path],
-    text: Calibration,
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(UsageError, match=said):
-        prune_model(
-            str(model_of("llama")),
-            tmp_path / "out",
-            Prune.model_validate(recipe),
-            text,
-            quiet=True,
-        )
-
-
-def test_families_without_parts_are_refused(
-    of_family: Callable[[str], Path], text: Calibration, tmp_path: Path
-) -> None:
-    recipe = Prune.model_validate({"method": "adapt", "pattern": "20%"})
-    with pytest.raises(ModelError, match="no heads and channels of 'gpt2'"):
-        prune_model(str(of_family("gpt2")), tmp_path / "out", recipe, text, quiet=True)

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from secateur.bench import AccuracyResult
     from secateur.bench.results import Environment, Estimate, Gate, Interval
 
-Models = Annotated[list[str], Argument(help="Model directories: dense, pruned or packed.")]
+Models = Annotated[
+    list[str], Argument(help="Model directories: dense, pruned or packed; or .gguf files.")
+]
 Against = Annotated[str | None, Option(help="Directory of the dense model to compare with.")]
 Timed = Annotated[
     list[str],
