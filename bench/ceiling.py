@@ -108,6 +108,8 @@ def model_weights(path: str | Path) -> ModelWeights:
     from transformers.pytorch_utils import Conv1D
 
     file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ModelError(f"there is no file {file}", "give a model directory or its config.json")
     architecture = architecture_of(read_json(file))
     if architecture.reads != "text" or architecture.experts is not None:
         raise ModelError(

@@ -14,7 +14,7 @@ from typing import Any
 from secateur.artifact import Manifest
 from secateur.bench.latency_results import LatencyResult, Phase
 from secateur.bench.report.inputs import Source
-from secateur.bench.report.subjects import Subject, front
+from secateur.bench.report.subjects import Subject
 from secateur.bench.serving_results import ServingResult
 
 PAGE = {"text": "var(--text)", "soft": "var(--soft)", "line": "var(--line)"} | {
@@ -88,15 +88,14 @@ def _quality(subjects: Sequence[Subject]) -> list[Figure]:
         for subject in subjects
         if subject.quality is not None
     ]
-    best = {subject.name for subject in front(subjects)}
     timed = [row for row in rows if row["decode"] is not None]
+    line = sorted((row for row in timed if not _beaten(row, timed)), key=lambda r: r["decode"])
     figures: list[Figure] = []
     if len(timed) > 1:
         says = (
             "Perplexity against decoded tokens per second: right and low is good. On the line: "
-            + ", ".join(row["name"] for row in timed if row["name"] in best)
+            + ", ".join(row["name"] for row in line)
         )
-        line = sorted((row for row in timed if row["name"] in best), key=lambda r: r["decode"])
         chart = _scatter(timed, "decode", "decode, tokens/s", line)
         figures.append(Figure("quality-speed", "Quality against speed", says, chart))
     if len(rows) > 1:
@@ -104,6 +103,13 @@ def _quality(subjects: Sequence[Subject]) -> list[Figure]:
         chart = _scatter(rows, "megabytes", "weight files, MB", [])
         figures.append(Figure("quality-size", "Quality against size", says, chart))
     return figures
+
+
+def _beaten(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether another one is as fast and as good, and better in one of them."""
+    mine = (row["decode"], -row["perplexity"])
+    others = [(other["decode"], -other["perplexity"]) for other in rows]
+    return any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in others)
 
 
 def _scatter(

@@ -208,3 +208,8 @@ def test_the_page_has_the_numbers_of_the_run_on_a_gpu() -> None:
             if group["values"] in ("bf16", "fp8"):
                 assert head + " | ".join(cells) in DOCS
     assert "Not run on a GPU: whole models, vLLM, any other GPU" in " ".join(DOCS.split())
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"there is no file .*absent\.json"):
+        compute_ceiling(tmp_path / "absent.json")
