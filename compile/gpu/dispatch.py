@@ -135,10 +135,8 @@ class Plan:
     def __str__(self) -> str:
         text = NAMES[self.large]
         if self.up_to:
-            text = (
-                f"{NAMES[self.small]} up to {self.up_to} tokens, {text} above "
-                f"({self.source} crossover)"
-            )
+            most = f"{self.up_to} token{'s' if self.up_to > 1 else ''}"
+            text = f"{NAMES[self.small]} up to {most}, {text} above ({self.source} crossover)"
         return f"{text}: {self.why}" if self.why else text
 
 
