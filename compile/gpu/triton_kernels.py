@@ -335,9 +335,9 @@ def round_tokens(
     columns: tl.tensor,
     SPAN: tl.constexpr,
 ) -> None:
-    """X ``[tokens, columns]`` in e4m3fn with a scale for each token. Grid: tokens.
+    """Inputs ``[tokens, columns]`` in e4m3fn with a scale for each token. Grid: tokens.
 
-    To the bit as `secateur.compile.quantize.round_tokens`, whose seven passes over memory it saves.
+    Finite ones to the bit as `secateur.compile.quantize.round_tokens`, whose passes it fuses.
     """
     token = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((SPAN,), tl.float32)

@@ -141,7 +141,7 @@ def unpack(weight: Blocks, dtype: torch.dtype) -> torch.Tensor:
 
 
 def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`secateur.compile.quantize.round_tokens` of contiguous inputs, in one pass over memory."""
+    """`secateur.compile.quantize.round_tokens` of contiguous inputs, in one kernel."""
     tokens, columns = x.shape
     rounded = torch.empty(tokens, columns, dtype=torch.uint8, device=x.device)
     scales = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
