@@ -21,14 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from secateur.compile.nearest import widen_fp8
 from secateur.errors import EnvironmentFault, ModelError, UsageError, did_you_mean
 from secateur.pattern import Pattern
-from secateur.recipe import ValueType
+
+if TYPE_CHECKING:
+    from secateur.recipe import ValueType
 
 try:
     from secateur.compile import _kernels

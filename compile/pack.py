@@ -170,7 +170,8 @@ class _Packer:
             said = f"; {why[0]} is not: {why[1]}" if why else ""
             raise ModelError(
                 f"{source.checkpoint.path} has no pruned layer to pack{said}",
-                "prune it first, with `secateur prune`",
+                "prune it with `secateur prune`, quantise it with --values int8, or convert it "
+                "with --format dense",
             )
 
     def quantise(self, folder: Path, quiet: bool) -> None:

@@ -9,7 +9,7 @@
 namespace {
 
 constexpr Index kDepth = 256;  // columns of a piece
-constexpr Index kUnits = 4;    // times kTileRows: rows of a piece
+constexpr Index kUnits = 8;    // times kTileRows: the most rows of a piece
 constexpr Index kBatch = 40;   // tiles of tokens of a piece
 constexpr Index kSkipped = 8;  // panels of 8 rows that run over single weights at once
 
@@ -25,18 +25,21 @@ void write_tiles(const Factor &f, const float *sums, Index first, Index count, I
                 const Index top = (first + u) * kTileRows, rows = std::min<Index>(kTileRows, all - top);
                 const float *from = sums + ((u * batch + tile) * kTile + t) * kTileRows;
                 float *y = f.y + token * all + top;
-                for (Index r = 0; r < rows; ++r) y[r] = from[r] + (f.bias ? f.bias[top + r] : 0.0f);
+                if (rows == kTileRows) std::memcpy(y, from, kTileRows * sizeof(float));
+                else std::copy(from, from + rows, y);
+                for (Index r = 0; f.bias && r < rows; ++r) y[r] += f.bias[top + r];
             }
         }
 }
 
-// Every piece of the columns of every kTileRows rows, a unit, meets every tile of tokens. Each
-// thread has a Work of its own, which has room for kUnits units:
+// Every piece of the columns of every kTileRows rows, a unit, meets every tile of tokens. `group`
+// units at a time meet a tile, as many as stay in the nearest cache beside it. Each thread has a Work
+// of its own, which has room for kUnits units:
 //   expand(unit, piece, u): make the piece ready, as the u-th of those at hand
 //   run(piece, u, tile, here, y): y[token * kTileRows + row] += for the `here` tokens of a tile
 template <typename Work>
 void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared) {
-    const Index tiles = (tokens + kTile - 1) / kTile, size = kTile * kTileRows;
+    const Index tiles = (tokens + kTile - 1) / kTile, size = kTile * kTileRows, group = shared.group();
     const Index units = (f.matrix->view().rows + kTileRows - 1) / kTileRows;
     // As many pieces for each thread, of at most kUnits.
     const Index threads = get_threads(), rounds = (units + threads * kUnits - 1) / (threads * kUnits);
@@ -50,12 +53,14 @@ void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared)
             const Index batch = std::min(kBatch, tiles - tile0);
             std::fill(sums, sums + count * batch * size, 0.0f);
             for (Index piece = 0; piece < pieces; ++piece)
-                for (Index u = 0; u < count; ++u) {
-                    work.expand(first + u, piece, u);
+                for (Index u = 0; u < count; u += group) {
+                    const Index end = std::min(u + group, count);
+                    for (Index i = u; i < end; ++i) work.expand(first + i, piece, i);
                     for (Index tile = 0; tile < batch; ++tile) {
                         const Index at = tile0 + tile;
                         const int here = int(std::min<Index>(kTile, tokens - at * kTile));
-                        work.run(piece, u, at, here, sums + (u * batch + tile) * size);
+                        for (Index i = u; i < end; ++i)
+                            work.run(piece, i, at, here, sums + (i * batch + tile) * size);
                     }
                 }
             write_tiles(f, sums, first, count, tile0, batch, tokens);
@@ -93,6 +98,7 @@ struct DenseWork {
     Index padded;
     float *weights = nullptr;
 
+    Index group() const { return 1; }
     void take_room() { weights = scratch<float, Room::weights>(kUnits * kDepth * kTileRows); }
     float *own(Index u) const { return weights + u * kDepth * kTileRows; }
     void expand(Index unit, Index piece, Index u) const {
@@ -119,30 +125,33 @@ struct SlotWork {
     Index padded;
     float *weights = nullptr;
     std::int32_t *places = nullptr;
+    Index kept[kUnits * 2] = {};  // of the blocks of the units at hand
 
     Index blocks() const { return kTileRows / m.height; }  // of a unit
-    Index windows() const { return (m.columns + kDepth - 1) / kDepth; }
-    Index listed() const { return padded + windows() + 1; }
-    void take_room() {
-        weights = scratch<float, Room::weights>(kUnits * padded * kTileRows);
-        places = scratch<std::int32_t, Room::places>(kUnits * blocks() * listed());
+    Index group() const {
+        const Index bits = (m.starts[m.panels] - m.starts[0]) * 8, pieces = padded / kDepth;
+        const Index slots = bits / (m.panels * pieces * m.height * bits_of(m.type));  // of a piece
+        return std::min(kUnits, std::max<Index>(1, kDepth / std::max<Index>(1, slots)));
     }
-    void expand(Index unit, Index piece, Index u) const {
-        if (piece) return;
+    void take_room() {
+        weights = scratch<float, Room::weights>(kUnits * kDepth * kTileRows);
+        places = scratch<std::int32_t, Room::places>(kUnits * blocks() * kDepth);
+    }
+    float *own(Index block) const { return weights + block * kDepth * m.height; }
+    void expand(Index unit, Index piece, Index u) {
+        const Index from = piece * kDepth, to = std::min(m.columns, from + kDepth);
         for (Index b = 0; b < blocks(); ++b) {
-            std::int32_t *own = places + (u * blocks() + b) * listed();
-            const Index panel = unit * blocks() + b;
-            if (panel < m.panels) kernels().slots(m, panel, weights + (u * blocks() + b) * padded * m.height, own);
-            else std::fill(own, own + windows() + 1, 0);
+            const Index panel = unit * blocks() + b, block = u * blocks() + b;
+            kept[block] = panel < m.panels
+                ? kernels().slots(m, panel, from, to, own(block), places + block * kDepth) : 0;
         }
     }
     void run(Index piece, Index u, Index tile, int here, float *y) const {
         const auto product = m.height == 16 ? kernels().tile : kernels().half_tile;
+        const float *x = tiled + (tile * padded + piece * kDepth) * kTile;
         for (Index b = 0; b < blocks(); ++b) {
-            const std::int32_t *bounds = places + (u * blocks() + b) * listed();
-            const std::int32_t first = bounds[piece], end = bounds[piece + 1];
-            product(weights + ((u * blocks() + b) * padded + first) * m.height, bounds + windows() + 1 + first,
-                    tiled + tile * padded * kTile, end - first, here, y + b * m.height);
+            const Index block = u * blocks() + b;
+            product(own(block), places + block * kDepth, x, kept[block], here, y + b * m.height);
         }
     }
 };
@@ -215,6 +224,7 @@ struct IntWork {
     float *scales = nullptr;
 
     Index depth() const { return kDepth / m.group; }  // groups of a piece
+    Index group() const { return 1; }
     void take_room() {
         weights = scratch<std::uint8_t, Room::weights>(kUnits * kDepth * 32);
         scales = scratch<float, Room::scales>(kUnits * depth() * kTileRows);

@@ -60,21 +60,21 @@ void expand_of(const View &m, Index panel, Index from, Index to, float *out) {
 }
 
 // Call emit(slot, column, lane, values) for the slots of columns [from, to), whole windows or groups,
-// of a block row: eight of its rows from row `lane` on are the values; of four, those from lane
-// `lane` on. Weights 0 that fill up a window are slots, too.
+// of a block row, counted from 0: eight of its rows from row `lane` on are the values; of four, those
+// from lane `lane` on. Weights 0 that fill up a window are slots, too. Returns how many there were.
 template <Type V, int Height, typename Emit>
-INLINE void each_float_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
+INLINE Index each_float_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
     const std::uint8_t *p = m.data + m.starts[panel];
     const Index windows = (m.columns + 255) / 256;
     const auto *counts = reinterpret_cast<const std::uint16_t *>(p);
     const std::uint8_t *offset = p + 2 * windows;
-    Index slots = 0, slot = 0;
+    Index slots = 0, before = 0, slot = 0;
     for (Index w = 0; w < windows; ++w) {
-        if (w * 256 < from) slot += counts[w];
+        if (w * 256 < from) before += counts[w];
         slots += counts[w];
     }
-    p += round_up(2 * windows + slots, 32) + slot * Height / 16 * kChunk<V>;
-    offset += slot;
+    p += round_up(2 * windows + slots, 32) + before * Height / 16 * kChunk<V>;
+    offset += before;
     for (Index w = from / 256; w < windows && w * 256 < to; ++w)
         for (const std::uint8_t *end = offset + counts[w]; offset < end;) {
             for (int row = 0; row < Height; row += 8, p += kChunk<V>) {
@@ -90,10 +90,11 @@ INLINE void each_float_slot(const View &m, Index panel, Index from, Index to, co
             offset += Height == 4 ? 4 : 2;
             slot += Height == 4 ? 4 : 2;
         }
+    return slot;
 }
 
 template <Type V, int Height, typename Emit>
-INLINE void each_int_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
+INLINE Index each_int_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
     constexpr int kHalves = Height == 16 ? 2 : 1, kLanes = Height == 4 ? 2 : 1;
     constexpr int kQuads = V == Type::int4 ? 2 : 1, kStep = 4 * kLanes * kQuads;
     const std::uint8_t *bits = m.data + m.starts[panel];
@@ -105,7 +106,6 @@ INLINE void each_int_slot(const View &m, Index panel, Index from, Index to, cons
         int count = 0;
         if (k < from) {
             for (int i = 0; i < m.group / 8; ++i) count += __builtin_popcount(bits[i]);
-            slot += count;
             p += (count + kStep - 1) / kStep * kHalves * 32;
             continue;
         }
@@ -131,10 +131,11 @@ INLINE void each_int_slot(const View &m, Index panel, Index from, Index to, cons
             }
         slot += count;
     }
+    return slot;
 }
 
 template <int Height, typename Emit>
-INLINE void each_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
+INLINE Index each_slot(const View &m, Index panel, Index from, Index to, const Emit &emit) {
     switch (m.type) {
     case Type::fp32: return each_float_slot<Type::fp32, Height>(m, panel, from, to, emit);
     case Type::bf16: return each_float_slot<Type::bf16, Height>(m, panel, from, to, emit);
@@ -142,6 +143,7 @@ INLINE void each_slot(const View &m, Index panel, Index from, Index to, const Em
     case Type::int8: return each_int_slot<Type::int8, Height>(m, panel, from, to, emit);
     case Type::int4: return each_int_slot<Type::int4, Height>(m, panel, from, to, emit);
     }
+    return 0;
 }
 
 // Blocks of four rows: as many zeros as there are, for the slots of two blocks are not the same.
@@ -163,21 +165,17 @@ void expand(const View &m, Index panel, Index from, Index to, float *out) {
     }
 }
 
-template <int Height> void slots_of(const View &m, Index panel, float *w, std::int32_t *places) {
-    const Index windows = (m.columns + 255) / 256;
-    Index window = 0, count = 0;
-    each_slot<Height>(m, panel, 0, m.columns, [&](Index slot, Index column, int row, F8 values) {
+template <int Height>
+Index slots_of(const View &m, Index panel, Index from, Index to, float *w, std::int32_t *places) {
+    return each_slot<Height>(m, panel, from, to, [&](Index slot, Index column, int row, F8 values) {
         store(w + slot * Height + row, values);
-        if (row) return;
-        for (; window * 256 <= column; ++window) places[window] = std::int32_t(slot);
-        places[windows + 1 + slot] = std::int32_t(column) * kTile;
-        count = slot + 1;
+        places[slot] = std::int32_t(column - from) * kTile;
     });
-    for (; window <= windows; ++window) places[window] = std::int32_t(count);
 }
 
-void slots(const View &m, Index panel, float *w, std::int32_t *places) {
-    m.height == 16 ? slots_of<16>(m, panel, w, places) : slots_of<8>(m, panel, w, places);
+Index slots(const View &m, Index panel, Index from, Index to, float *w, std::int32_t *places) {
+    return m.height == 16 ? slots_of<16>(m, panel, from, to, w, places)
+                          : slots_of<8>(m, panel, from, to, w, places);
 }
 
 template <int T, int Halves, bool Placed>

@@ -115,9 +115,9 @@ struct Kernels {
     // Columns [from, to) of a panel, of whole windows of 256: out[(k - from) * kTileRows + row]. Dense
     // or N:M floats, or blocks of four rows.
     void (*expand)(const View &, Index panel, Index from, Index to, float *out);
-    // A whole panel of blocks of H = 16 or 8 rows: w[slot * H + row]; of each 256 columns the first
-    // slot in places[0 .. windows], then of each slot its column times kTile.
-    void (*slots)(const View &, Index panel, float *w, std::int32_t *places);
+    // The same of a panel of blocks of H = 16 or 8 rows, at most one a column: w[slot * H + row],
+    // and of each slot (its column - from) * kTile. Returns how many there are.
+    Index (*slots)(const View &, Index panel, Index from, Index to, float *w, std::int32_t *places);
     // y[t * kTileRows + row] += sum over n of w[n * kTileRows + row] * x[place[n] + t] for
     // t < tokens <= kTile; place[n] = n * kTile if it is null.
     void (*tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,

@@ -124,6 +124,21 @@ def test_a_wide_matrix(pattern: str, value_type: cpu.Values) -> None:
             assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-6
 
 
+@pytest.mark.parametrize("value_type", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("pattern", ["dense", "2:4", "90%", "50%@8x1", "90%@8x1", "90%@16x1"])
+def test_more_tokens_and_rows_than_one_round_takes(pattern: str, value_type: cpu.Values) -> None:
+    """Two batches of tokens, three pieces of columns, several groups of rows for each thread."""
+    rng = np.random.default_rng(5)
+    weight = make_weight(rng, (400, 600), pattern, value_type, 64)
+    matrix = weight.pack()
+    x = rng.standard_normal((250, 600), np.float32)
+    for name in cpu.isas():
+        cpu.use_isa(name)
+        for threads in (1, 2):
+            cpu.set_threads(threads)
+            assert error(matrix.matmul(x), weight, matrix, x) < 1e-6
+
+
 @pytest.mark.parametrize("pattern", ["dense", "2:4", "75%@16x1", "90%"])
 def test_int8_activations_lose_little(pattern: str) -> None:
     """Gaussian activations: 0.6 % with groups of 64 columns, less with groups of 32."""
