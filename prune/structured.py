@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -82,10 +83,11 @@ class Spared(Section):
 def width(initial: int, removed: float, multiple: int) -> int:
     """How many of ``initial`` units stay; at least one ``multiple`` of them does.
 
-    Whole multiples go as far as ``removed`` covers them, as in the authors' code.
+    Whole multiples go, as far as the part ``removed`` covers them: of three heads one goes at a
+    third, not before.
     """
-    exact = int(initial * (1 - removed) + 1e-9)
-    return min(initial, max(multiple, -(-exact // multiple) * multiple))
+    multiples = ceil(initial * (1 - removed) / multiple - 1e-9)
+    return min(initial, max(multiples, 1) * multiple)
 
 
 def highest(scores: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from secateur.architecture import Parts
 from secateur.checkpoint import Checkpoint
+from secateur.cli.prune_command import show_pruned
 from secateur.errors import UsageError
 from secateur.model import load_causal_lm
 from secateur.prune import prune_model
@@ -355,6 +357,25 @@ def test_an_interrupted_run_goes_on(
     assert again.manifest == whole.manifest
 
 
+def test_the_summary_says_what_became_smaller(
+    model_of: Callable[[str], Path], text: Calibration, tmp_path: Path
+) -> None:
+    """Of four heads none goes before a quarter of each block does, so MLPs bear it."""
+    spared = {"llm-pruner.first": 0, "llm-pruner.last": 0}
+    recipe = Prune.model_validate(
+        {"method": "llm-pruner", "pattern": "9%", "multiple": 1, "settings": spared}
+    )
+    result = prune_model(str(model_of("llama")), tmp_path / "out", recipe, text, quiet=True)
+    show_pruned(result, printed := io.StringIO())
+    rows = {line.split()[0]: line.split() for line in printed.getvalue().splitlines() if line}
+    attention, mlp = 64 * HEAD_DIM * (2 * HEADS + 2 * GROUPS), 64 * 3 * CHANNELS
+    left = CHANNELS - -(-0.09 * (attention + mlp) // (64 * 3))
+    assert rows["linear"] == ["linear", "layers", "shapes", "removed"]
+    assert rows["q_proj"] == ["q_proj", "3", "64", "x", "64", "0.00", "%"]
+    removed = f"{100 * (1 - left / CHANNELS):.2f}"
+    assert rows["up_proj"] == ["up_proj", "3", f"{left:.0f}", "x", "64", removed, "%"]
+
+
 @given(
     initial=st.integers(1, 500), removed=st.floats(0, 0.99), multiple=st.sampled_from([1, 4, 16])
 )
@@ -364,7 +385,8 @@ def test_widths_are_whole_multiples_and_never_nothing(
     found = width(initial, removed, multiple)
     assert 1 <= found <= initial
     assert found % multiple == 0 or found == initial
-    assert found >= int(initial * (1 - removed))
+    assert initial - found <= initial * removed + 1e-6  # what goes is covered
+    assert found == multiple or initial - found > initial * removed - multiple - 1e-6
 
 
 @settings(deadline=None, max_examples=30)
