@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from secateur.artifact import Artifact, LayerFacts, Manifest, library_versions, 
 from secateur.calibration import calibration_inputs
 from secateur.checkpoint import Checkpoint, save_tensors
 from secateur.device import choose_device
-from secateur.errors import UsageError
+from secateur.errors import UsageError, some
 from secateur.model import StreamedModel
 from secateur.prune.memory import LIBRARIES, resident
 from secateur.prune.narrowed import NarrowedModel
@@ -281,22 +280,15 @@ def _notes(
     if unseen:
         notes.append(
             f"{len(unseen)} layers pruned by magnitude, as no calibration token was routed to "
-            f"their expert: {_some(unseen)}"
+            f"their expert: {some(unseen)}"
         )
     reasons: dict[str, list[str]] = {}
     for layer in plan.layers:
         if layer.kept_dense is not None:
             reasons.setdefault(layer.kept_dense, []).append(layer.name)
     for reason, names in reasons.items():
-        notes.append(f"{len(names)} layers left dense, {reason}: {_some(names)}")
+        notes.append(f"{len(names)} layers left dense, {reason}: {some(names)}")
     return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names; the manifest lists all of them anyway."""
-    if len(names) <= 4:
-        return ", ".join(names)
-    return f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _card(manifest: Manifest, plan: Plan) -> str:

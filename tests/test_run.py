@@ -89,6 +89,27 @@ def test_pruning_and_healing_in_turns(
     assert again.stderr.count("==") == 0
 
 
+@pytest.mark.parametrize(
+    ("compile_", "kept"), [("", "pruned"), ("compile: {values: bf16}", "narrowed")]
+)
+def test_smaller_matrices_need_no_packing(
+    compile_: str, kept: str, tiny: Path, text_file: Path, tmp_path: Path, secateur_command: Command
+) -> None:
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(
+        f"model: {tiny}\noutput: {out}\n"
+        f"calibration: {{data: {text_file}, samples: 4, length: 32}}\n"
+        f"prune: {{method: adapt, pattern: 30%, multiple: 4}}\n{compile_}\n"
+        f"bench:\n  accuracy: {{data: {text_file}, window: 32, windows: 4}}\n"
+        "  latency: {prompt: 16, new_tokens: 4, rounds: 2, min_seconds: 0}\n"
+    )
+    ran = secateur_command("run", path, "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["ratio"]["bytes"] < 1
+    assert (out / kept / "config.json").exists()
+    assert not (out / "packed").exists()
+
+
 def test_the_real_model_comes_out_of_its_gguf_file(smollm2: Path, tmp_path: Path) -> None:
     config = json.loads((smollm2 / "config.json").read_text())
     assert config["model_type"] == "llama"

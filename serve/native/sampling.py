@@ -12,6 +12,7 @@ from secateur.serve.sampling import SamplingParameters, TokenLogprobs
 
 Sampler = _kernels.Sampler
 REFUSED = -1
+_ALL = 2**31 - 1  # more than any vocabulary, and a number that C++ has
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -26,7 +27,7 @@ def make_sampler(parameters: SamplingParameters, prompt: Sequence[int]) -> Sampl
     return Sampler(
         temperature=parameters.temperature,
         top_p=parameters.top_p,
-        top_k=parameters.top_k,
+        top_k=min(parameters.top_k, _ALL),
         min_p=parameters.min_p,
         repetition_penalty=parameters.repetition_penalty,
         presence_penalty=parameters.presence_penalty,

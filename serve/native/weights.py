@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,7 +27,9 @@ from secateur.compile.stored import Array, check_headers, open_safely, pieces
 from secateur.errors import ModelError, UsageError
 from secateur.mapped import MappedCheckpoint
 from secateur.pattern import Pattern
-from secateur.recipe import ValueType
+
+if TYPE_CHECKING:
+    from secateur.recipe import ValueType
 
 GROUP = 32  # columns that share a scale where dense weights are rounded at load
 MASKS = "masks.safetensors"

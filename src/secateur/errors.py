@@ -10,7 +10,7 @@ SecateurError          exit 1   a bug, if nothing more precise was raised
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -67,6 +67,13 @@ class GateFailed(SecateurError):
 
 
 EXIT_INTERRUPTED = 130
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names and how many more there are; of four or fewer, all."""
+    if len(names) <= 4:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

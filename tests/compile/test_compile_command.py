@@ -45,6 +45,21 @@ def test_the_table(
     assert read_packed(tmp_path / "packed").config.values == "bf16"
 
 
+def test_what_was_not_pruned_is_said_in_one_line_for_each_reason(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rtn = ("--values", "int8", "--quantize", "rtn", "--data", "none")
+    assert run(monkeypatch, tiny, "-o", tmp_path / "packed", *rtn) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not pruned")]
+    assert len(said) == 1
+    assert said[0].startswith("not pruned: model.layers.0.")
+    assert ".k_proj, " in said[0]
+    assert " and 11 more: " in said[0]
+
+
 def test_json_is_the_typed_result(
     pruned: Path,
     tmp_path: Path,
@@ -66,6 +81,11 @@ def test_json_is_the_typed_result(
         (["--format", "dense", "--values", "int8"], 2, "floating-point weights, not int8"),
         (["--values", "int8", "--data", "none"], 2, "use --quantize rtn"),
         (["--values", "int8", "--quantize", "rtn", "--seed", "1"], 2, "--seed is of no use to rtn"),
+        (
+            ["--values", "int8", "--quantize", "rtn", "--data", "none", "--seed", "1"],
+            2,
+            "--seed is",
+        ),
         (["--values", "int8", "--quantize", "gtpq"], 2, "quantize = 'gtpq'"),
         (["--values", "int8", "--samples", "0"], 2, "calibration: samples = 0"),
         (["--format", "packd"], 2, "did you mean 'packed'"),

@@ -149,10 +149,14 @@ async def exchange(server: Server, method: str, path: str, body: bytes) -> tuple
     for tries in range(20):
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
-            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            answer = await asyncio.wait_for(reader.read(), 60)
-        except ConnectionResetError:  # answered and closed before the body was read: TCP's way
-            await asyncio.sleep(0.01 * tries)
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+            reading = asyncio.create_task(reader.read())
+            if tries:  # perhaps it answers and closes without the body, which would be a reset
+                await asyncio.wait({reading}, timeout=1)
+            if not reading.done():
+                writer.write(body)
+            answer = await asyncio.wait_for(reading, 60)
+        except ConnectionResetError:
             continue
         finally:
             writer.close()

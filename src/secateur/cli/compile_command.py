@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from secateur.cli import Json, app, emit
-from secateur.errors import UsageError, did_you_mean
+from secateur.errors import UsageError, did_you_mean, some
 
 if TYPE_CHECKING:
     from secateur.compile import LayerReport, PackReport
@@ -133,9 +133,9 @@ def _calibration(model: Path, text: dict[str, Any], quantize: str | None) -> Cal
     from secateur.compile.calibrate import usual_text
     from secateur.recipe import Calibration, validate
 
-    if quantize == "rtn" and "data" not in text:
-        if text:
-            raise UsageError(f"--{next(iter(text))} is of no use to rtn without --data", "drop it")
+    if quantize == "rtn" and text.get("data", "none") == "none":
+        if others := [name for name in text if name != "data"]:
+            raise UsageError(f"--{others[0]} is of no use to rtn without --data", "drop it")
         return None
     if text.get("data") == "none":
         raise UsageError(
@@ -178,8 +178,12 @@ def _print(report: PackReport) -> None:
     console = Console()
     console.print(table)
     said = "not pruned" if report.quantize else "left dense"
+    names_of: dict[str, list[str]] = {}
     for name, reason in report.kept_dense.items():
-        console.print(f"{said}: {name}: {reason}", markup=False, highlight=False)
+        names_of.setdefault(reason, []).append(name)
+    for reason, names in names_of.items():
+        line = f"{said}: {some(names)}: {reason}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     if report.quantize:

@@ -9,6 +9,7 @@ from typer import Argument, Option
 from secateur.cli import Json, app, emit, parse_pattern_rules, parse_settings
 
 if TYPE_CHECKING:
+    from secateur.artifact import LayerFacts
     from secateur.prune import Plan, PruneResult
 
 _PATTERN = (
@@ -182,6 +183,25 @@ def _show_plan(plan: Plan) -> None:
     )
 
 
+def _masked_cells(facts: list[LayerFacts]) -> list[str]:
+    weights = sum(fact.shape[0] * fact.shape[1] for fact in facts)
+    zeros = sum(fact.sparsity * fact.shape[0] * fact.shape[1] for fact in facts)
+    errors = [fact.relative_error for fact in facts if fact.relative_error is not None]
+    return [
+        ", ".join(sorted({fact.pattern for fact in facts})),
+        f"{100 * zeros / weights:.2f} %",
+        f"{sum(errors) / len(errors):.4f}" if errors else "",
+        f"{max(errors):.4f}" if errors else "",
+    ]
+
+
+def _narrowed_cells(facts: list[LayerFacts]) -> list[str]:
+    sides = [sorted({fact.shape[side] for fact in facts}) for side in (0, 1)]
+    spans = [f"{side[0]} … {side[-1]}" if len(side) > 1 else str(side[0]) for side in sides]
+    left = sum(fact.bytes for fact in facts) / sum(fact.dense_bytes for fact in facts)
+    return [" x ".join(spans), f"{100 * (1 - left):.2f} %"]
+
+
 def show_pruned(result: PruneResult, file: TextIO | None = None) -> None:
     """Print a summary: a line for each kind of layer."""
     from rich.console import Console
@@ -191,20 +211,13 @@ def show_pruned(result: PruneResult, file: TextIO | None = None) -> None:
     layers = result.manifest.layers
     for name in layers:
         groups.setdefault(name.rpartition(".")[2], []).append(name)
-    table = Table("linear", "layers", "pattern", "zeros", "output error", "worst", box=None)
+    narrowed = result.manifest.kind == "narrowed"
+    heads = ["shapes", "removed"] if narrowed else ["pattern", "zeros", "output error", "worst"]
+    table = Table("linear", "layers", *heads, box=None)
     for kind, names in groups.items():
         facts = [layers[name] for name in names]
-        weights = sum(fact.shape[0] * fact.shape[1] for fact in facts)
-        zeros = sum(fact.sparsity * fact.shape[0] * fact.shape[1] for fact in facts)
-        errors = [fact.relative_error for fact in facts if fact.relative_error is not None]
-        table.add_row(
-            kind,
-            str(len(facts)),
-            ", ".join(sorted({fact.pattern for fact in facts})),
-            f"{100 * zeros / weights:.2f} %",
-            f"{sum(errors) / len(errors):.4f}" if errors else "",
-            f"{max(errors):.4f}" if errors else "",
-        )
+        cells = _narrowed_cells(facts) if narrowed else _masked_cells(facts)
+        table.add_row(kind, str(len(facts)), *cells)
     console = Console(file=file)
     console.print(table)
     for note in result.manifest.notes:

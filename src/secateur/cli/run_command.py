@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,15 +60,20 @@ class _Run:
 
     def all_stages(self) -> dict[str, Any]:
         """Run what is not done yet; the summary dense against sparse."""
+        from secateur.artifact import Manifest
         from secateur.compile.values import DTYPES
         from secateur.source import resolve_model
 
+        values = self.recipe.compile.values
         self._say(f"model: {self.recipe.model}")
         source = resolve_model(self.recipe.model, self.output / "source")
         pruned = self._prune_and_heal(source)
-        packed = self._compile(pruned, "packed")
+        if Manifest.read(pruned).kind != "narrowed" or values not in (None, *DTYPES):
+            packed = self._compile(pruned, "packed")
+        else:  # smaller matrices without zeros: a type is all that can change
+            packed = self._compile(pruned, "dense", "narrowed") if values else pruned
         dense = source
-        if self.recipe.compile.values in DTYPES:  # integers are compared with the model as it is
+        if values in DTYPES:  # integers are compared with the model as it is
             dense = self._compile(source, "dense")
         self._serve_once(packed)
         return self._bench(dense, packed)
@@ -133,10 +137,10 @@ class _Run:
             show_pruned(result, sys.stderr)
         return output
 
-    def _compile(self, model: Path, form: str) -> Path:
+    def _compile(self, model: Path, form: str, name: str | None = None) -> Path:
         from secateur.compile import FORMATS
 
-        output, values = self.output / form, self.recipe.compile.values
+        output, values = self.output / (name or form), self.recipe.compile.values
         options: dict[str, Any] = {"values": values}
         wanted = {"compile": {"format": form, **options}}
         if form == "packed":
@@ -172,6 +176,8 @@ class _Run:
 
     def _serve_once(self, model: Path) -> None:
         """Start the endpoint, ask one question over HTTP, show the answer, stop the endpoint."""
+        import urllib.request  # a thirtieth of a second, which other commands need not pay
+
         from secateur.bench.endpoint import served
         from secateur.model import load_tokenizer
 

@@ -172,6 +172,19 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.parametrize("top_k", [2**31, 2**63, 10**30])
+def test_a_top_k_beyond_every_integer_of_c_keeps_all(top_k: int) -> None:
+    logits = np.random.default_rng(3).standard_normal((1, 50)).astype(np.float32)
+    for number in (0.01, 0.5, 0.99):
+        got, all_ = (
+            native.sample(
+                [native.make_sampler(SamplingParameters(top_k=k), ())], logits, [0], [number]
+            )
+            for k in (top_k, 0)
+        )
+        assert got == all_
+
+
 def test_impossible_calls_are_refused() -> None:
     logits = np.zeros((2, 5), dtype=np.float32)
     sampler = native.make_sampler(SamplingParameters(), ())
