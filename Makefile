@@ -56,7 +56,7 @@ bench-gpu: install
 # The kernels are not optimised: with a check at every operation that would take minutes to compile.
 SWEEP := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile
 test-native:
-	$(SWEEP) OUT=out/native/checked ISAS="plain $(if $(filter x86_64,$(shell uname -m)),avx2,neon)" \
+	$(SWEEP) OUT=out/native/checked ISAS="plain $(if $(filter x86_64,$(shell uname -m)),avx2 avx512,neon)" \
 	  FLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ISA_FLAGS="-O0 -DINLINE=inline"
 	seq 2 | xargs -P2 -I{} out/native/checked/sweep {} 50000
 	seq 2 | xargs -P2 -I{} out/native/checked/steps {} 100

@@ -13,7 +13,7 @@ become one of these (`secateur.compile.nearest.widen_fp8`), and so take its memo
 Values int8 and int4 take int8 activations (quantised on the fly, one scale for each token and group
 of at most 64 columns; an infinite or NaN activation makes every output of its token NaN that keeps
 a weight in its group), or fp32 activations if asked for; and with more than 16 tokens if the layout
-is one of blocks. Where only removed weights meet an infinite or NaN activation, the output may be
+is one of blocks (with AVX-512: of few). Where only removed weights meet an infinite or NaN activation, the output may be
 either: some layouts multiply stored zeros.
 """
 
@@ -104,6 +104,14 @@ class CpuMatrix:
     def nbytes(self) -> int:
         """Bytes of the layout, everything included."""
         return int(self._native.nbytes)
+
+    def rounds_inputs(self, tokens: int) -> bool:
+        """Whether a product with so many tokens rounds its activations to int8.
+
+        With ``activations`` int8 it does, but for some blocks of rows beyond 16 tokens: which ones,
+        depends on the instruction set.
+        """
+        return self.activations == "int8" and bool(self._native.rounds_inputs(tokens))
 
     def matmul(self, x: Floats, bias: Floats | None = None, out: Floats | None = None) -> Floats:
         """``x Wᵀ + bias``.

@@ -1,6 +1,11 @@
 // The kernels of the instruction set that this file is compiled for; it is compiled once for each.
 #include "large.h"
+#include "simd.h"
+#if SIMD_NUMBER(ISA) == SIMD_avx512
+#include "large_ints_avx512.h"
+#else
 #include "large_ints.h"
+#endif
 #include "semi_structured_rows.h"
 #include "small.h"
 
@@ -11,6 +16,8 @@
 
 const Kernels &KERNELS_OF(ISA)() {
     using namespace isa::ISA;
-    static constexpr Kernels kernels{NAME_OF(ISA), small, quantize, expand, slots, tile, half_tile, list, skip, expand_ints, tile_ints, compress_row, expand_row, checksum};
+    static constexpr Kernels kernels{
+        NAME_OF(ISA), kTile, small, quantize,    expand,    slots,        tile,       half_tile, list,
+        skip,         steps, expand_ints, tile_ints, compress_row, expand_row, checksum};
     return kernels;
 }

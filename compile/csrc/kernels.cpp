@@ -221,6 +221,8 @@ NB_MODULE(_kernels, m) {
         .def_prop_ro("columns", [](const Matrix &a) { return a.view().columns; })
         .def_prop_ro("nbytes", &Matrix::bytes)
         .def("clone", [](const Matrix &a) { return Matrix(a); })
+        .def("rounds_inputs", [](const Matrix &a, Index tokens) { return rounds_inputs(a.view(), tokens); },
+             nb::arg("tokens"), "Whether a product with so many tokens rounds its inputs to int8, if it may.")
         .def("decode", &decode, "The dense weight, float32 [rows, columns].")
         .def("multiply", &multiply_one, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
              nb::arg("bias").none().noconvert(), nb::arg("act8"));

@@ -8,22 +8,23 @@
 
 namespace {
 
-constexpr Index kDepth = 256;  // columns of a piece
+constexpr Index kDepth = 256;  // columns of a piece of floats
+constexpr Index kIntDepth = 1024;
 constexpr Index kUnits = 8;    // times kTileRows: the most rows of a piece
-constexpr Index kBatch = 40;   // tiles of tokens of a piece
+constexpr Index kBatch = 240;  // tokens of a piece: of whole tiles
 constexpr Index kSkipped = 8;  // panels of 8 rows that run over single weights at once
 
 // The results of a batch of tiles: sums[unit][tile][token][row].
 void write_tiles(const Factor &f, const float *sums, Index first, Index count, Index tile0,
-                 Index batch, Index tokens) {
+                 Index batch, Index wide, Index tokens) {
     const Index all = f.matrix->view().rows;
     for (Index tile = 0; tile < batch; ++tile)
-        for (Index t = 0; t < kTile; ++t) {
-            const Index token = (tile0 + tile) * kTile + t;
+        for (Index t = 0; t < wide; ++t) {
+            const Index token = (tile0 + tile) * wide + t;
             if (token >= tokens) break;
             for (Index u = 0; u < count; ++u) {
                 const Index top = (first + u) * kTileRows, rows = std::min<Index>(kTileRows, all - top);
-                const float *from = sums + ((u * batch + tile) * kTile + t) * kTileRows;
+                const float *from = sums + ((u * batch + tile) * wide + t) * kTileRows;
                 float *y = f.y + token * all + top;
                 if (rows == kTileRows) std::memcpy(y, from, kTileRows * sizeof(float));
                 else std::copy(from, from + rows, y);
@@ -39,7 +40,8 @@ void write_tiles(const Factor &f, const float *sums, Index first, Index count, I
 //   run(piece, u, tile, here, y): y[token * kTileRows + row] += for the `here` tokens of a tile
 template <typename Work>
 void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared) {
-    const Index tiles = (tokens + kTile - 1) / kTile, size = kTile * kTileRows, group = shared.group();
+    const Index wide = shared.k.tile_tokens, tiles = (tokens + wide - 1) / wide;
+    const Index size = wide * kTileRows, most = kBatch / wide, group = shared.group();
     const Index units = (f.matrix->view().rows + kTileRows - 1) / kTileRows;
     // As many pieces for each thread, of at most kUnits.
     const Index threads = get_threads(), rounds = (units + threads * kUnits - 1) / (threads * kUnits);
@@ -48,9 +50,9 @@ void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared)
         Work work = shared;
         work.take_room();
         const Index count = last - first;
-        float *sums = scratch<float, Room::sums>(kUnits * kBatch * size);
-        for (Index tile0 = 0; tile0 < tiles; tile0 += kBatch) {
-            const Index batch = std::min(kBatch, tiles - tile0);
+        float *sums = scratch<float, Room::sums>(kUnits * kBatch * kTileRows);
+        for (Index tile0 = 0; tile0 < tiles; tile0 += most) {
+            const Index batch = std::min(most, tiles - tile0);
             std::fill(sums, sums + count * batch * size, 0.0f);
             for (Index piece = 0; piece < pieces; ++piece)
                 for (Index u = 0; u < count; u += group) {
@@ -58,12 +60,12 @@ void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared)
                     for (Index i = u; i < end; ++i) work.expand(first + i, piece, i);
                     for (Index tile = 0; tile < batch; ++tile) {
                         const Index at = tile0 + tile;
-                        const int here = int(std::min<Index>(kTile, tokens - at * kTile));
+                        const int here = int(std::min(wide, tokens - at * wide));
                         for (Index i = u; i < end; ++i)
                             work.run(piece, i, at, here, sums + (i * batch + tile) * size);
                     }
                 }
-            write_tiles(f, sums, first, count, tile0, batch, tokens);
+            write_tiles(f, sums, first, count, tile0, batch, wide, tokens);
         }
     });
 }
@@ -92,6 +94,7 @@ const float *tile_floats(const float *x, Index columns, Index tokens, Index padd
 
 // The weights as floats, zeros included.
 struct DenseWork {
+    const Kernels &k;
     const Matrix &matrix;
     const View &m;
     const float *tiled;
@@ -108,18 +111,19 @@ struct DenseWork {
         if ((unit + 1) * panels > m.panels) std::fill(own(u), own(u) + kDepth * kTileRows, 0.0f);
         for (Index h = 0; h < panels && unit * panels + h < m.panels; ++h) {
             const Index panel = unit * panels + h;
-            if (fast) kernels().expand(m, panel, from, to, own(u) + h * m.height);
+            if (fast) k.expand(m, panel, from, to, own(u) + h * m.height);
             else matrix.decode(panel, from, to, own(u) + h * m.height);
         }
     }
     void run(Index piece, Index u, Index tile, int here, float *y) const {
         const Index from = piece * kDepth, count = std::min(m.padded - from, kDepth);
-        kernels().tile(own(u), nullptr, tiled + (tile * padded + from) * kTile, count, here, y);
+        k.tile(own(u), nullptr, tiled + (tile * padded + from) * k.tile_tokens, count, here, y);
     }
 };
 
 // Blocks of 16 or 8 rows: of the columns, those that are kept.
 struct SlotWork {
+    const Kernels &k;
     const View &m;
     const float *tiled;
     Index padded;
@@ -143,12 +147,12 @@ struct SlotWork {
         for (Index b = 0; b < blocks(); ++b) {
             const Index panel = unit * blocks() + b, block = u * blocks() + b;
             kept[block] = panel < m.panels
-                ? kernels().slots(m, panel, from, to, own(block), places + block * kDepth) : 0;
+                ? k.slots(m, panel, from, to, own(block), places + block * kDepth) : 0;
         }
     }
     void run(Index piece, Index u, Index tile, int here, float *y) const {
-        const auto product = m.height == 16 ? kernels().tile : kernels().half_tile;
-        const float *x = tiled + (tile * padded + piece * kDepth) * kTile;
+        const auto product = m.height == 16 ? k.tile : k.half_tile;
+        const float *x = tiled + (tile * padded + piece * kDepth) * k.tile_tokens;
         for (Index b = 0; b < blocks(); ++b) {
             const Index block = u * blocks() + b;
             product(own(block), places + block * kDepth, x, kept[block], here, y + b * m.height);
@@ -162,17 +166,17 @@ struct SlotWork {
 struct IntTiles {
     const std::uint8_t *steps;  // [tile][step][token]
     const float *factors;       // [tile][group][token]: the scales
-    const float *totals;        // the same: what weights that are too large by 8 give too much
+    const std::int32_t *begin;  // the same: minus what weights that are too large give too much
     Index groups, tile_bytes;
 };
 
-void write_steps(Steps steps, const std::int8_t *q, Index count, std::uint8_t *out) {
-    const Index stride = kTile * bytes_of(steps), columns = columns_of(steps);
+void write_steps(Steps steps, const std::int8_t *q, Index count, Index wide, std::uint8_t *out) {
+    const Index stride = wide * bytes_of(steps), columns = columns_of(steps);
     for (Index s = 0; s < count; ++s, q += columns, out += stride) {
         if (steps == Steps::pairs) {
             const std::int16_t pair[2] = {q[0], q[1]};
             std::memcpy(out, pair, 4);
-        } else if (steps == Steps::quads) {
+        } else if (bytes_of(steps) == 4) {
             std::memcpy(out, q, 4);
         } else if (steps == Steps::signs) {
             std::int8_t both[16];
@@ -187,19 +191,18 @@ void write_steps(Steps steps, const std::int8_t *q, Index count, std::uint8_t *o
     }
 }
 
-IntTiles tile_ints(Steps steps, int group, const float *x, Index columns, Index tokens) {
-    const Kernels &k = kernels();
-    const Index tiles = (tokens + kTile - 1) / kTile, padded = round_up(columns, group);
+IntTiles tile_ints(const Kernels &k, Steps steps, int group, const float *x, Index columns, Index tokens) {
+    const Index wide = k.tile_tokens, tiles = (tokens + wide - 1) / wide, padded = round_up(columns, group);
     const Index groups = padded / group, count = padded / columns_of(steps), size = bytes_of(steps);
-    std::uint8_t *tiled = scratch<std::uint8_t, Room::tiled>(tiles * count * size * kTile + 64);
-    float *factors = scratch<float, Room::factors>(tiles * groups * kTile);
-    float *totals = scratch<float, Room::totals>(tiles * groups * kTile);
+    std::uint8_t *tiled = scratch<std::uint8_t, Room::tiled>(tiles * count * size * wide + 64);
+    float *factors = scratch<float, Room::factors>(tiles * groups * wide);
+    std::int32_t *begin = scratch<std::int32_t, Room::begin>(tiles * groups * wide);
     over_panels(tiles, 1, [&](Index from, Index to) {
         std::int8_t *q = scratch<std::int8_t, Room::q>(padded);
         float *scale = scratch<float, Room::scale>(groups);
         std::int32_t *total = scratch<std::int32_t, Room::total>(groups);
-        for (Index token = from * kTile; token < to * kTile; ++token) {
-            const Index tile = token / kTile, t = token % kTile;
+        for (Index token = from * wide; token < to * wide; ++token) {
+            const Index tile = token / wide, t = token % wide;
             if (token < tokens) {
                 k.quantize(x + token * columns, columns, padded, group, q, scale, total);
             } else {
@@ -207,43 +210,40 @@ IntTiles tile_ints(Steps steps, int group, const float *x, Index columns, Index 
                 std::fill(scale, scale + groups, 0.0f);
                 std::fill(total, total + groups, 0);
             }
-            write_steps(steps, q, count, tiled + (tile * count * kTile + t) * size);
+            write_steps(steps, q, count, wide, tiled + (tile * count * wide + t) * size);
             for (Index g = 0; g < groups; ++g) {
-                factors[(tile * groups + g) * kTile + t] = scale[g];
-                totals[(tile * groups + g) * kTile + t] = -8.0f * scale[g] * float(total[g]);
+                factors[(tile * groups + g) * wide + t] = scale[g];
+                begin[(tile * groups + g) * wide + t] = -excess_of(steps) * total[g];
             }
         }
     });
-    return {tiled, factors, totals, groups, count * size * kTile};
+    return {tiled, factors, begin, groups, count * size * wide};
 }
 
 struct IntWork {
+    const Kernels &k;
     const View &m;
     IntTiles in;
     std::uint8_t *weights = nullptr;
     float *scales = nullptr;
 
-    Index depth() const { return kDepth / m.group; }  // groups of a piece
+    Index depth() const { return kIntDepth / m.group; }  // groups of a piece
     Index group() const { return 1; }
     void take_room() {
-        weights = scratch<std::uint8_t, Room::weights>(kUnits * kDepth * 32);
+        weights = scratch<std::uint8_t, Room::weights>(kUnits * kIntDepth * 32);
         scales = scratch<float, Room::scales>(kUnits * depth() * kTileRows);
     }
-    std::uint8_t *own(Index u) const { return weights + u * kDepth * 32; }
+    std::uint8_t *own(Index u) const { return weights + u * kIntDepth * 32; }
     float *own_scales(Index u) const { return scales + u * depth() * kTileRows; }
     void expand(Index unit, Index piece, Index u) const {
         const Index g = piece * depth(), here = std::min(depth(), in.groups - g);
-        for (int half = 0; half < 2; ++half)
-            kernels().expand_ints(m, std::min(unit * 2 + half, m.panels - 1), half, g, here, own(u),
-                                  own_scales(u));
+        k.expand_ints(m, unit, g, here, own(u), own_scales(u));
     }
     void run(Index piece, Index u, Index tile, int here, float *y) const {
         const Index g = piece * depth(), groups = std::min(depth(), in.groups - g);
-        const Index at = (tile * in.groups + g) * kTile;
+        const Index at = (tile * in.groups + g) * k.tile_tokens;
         const std::uint8_t *steps = in.steps + tile * in.tile_bytes + g * (in.tile_bytes / in.groups);
-        kernels().tile_ints(m, own(u), own_scales(u), steps, in.factors + at, groups, here, y);
-        if (steps_of(m) == Steps::quads)
-            kernels().tile(own_scales(u), nullptr, in.totals + at, groups, here, y);
+        k.tile_ints(m, own(u), own_scales(u), steps, in.factors + at, in.begin + at, groups, here, y);
     }
 };
 
@@ -252,9 +252,8 @@ struct IntWork {
 // The lanes are tokens, and every kept weight is one step: of bitmasks all weights, else those that
 // are left over, which are added to y. A piece has `wide` tokens and `depth` columns: of a bitmask so
 // many that the activations stay in the cache; weights that are left over are few, and far apart.
-void multiply_skipping(const Factor &f, const float *x, Index columns, Index tokens, Index wide,
-                       Index depth) {
-    const Kernels &k = kernels();
+void multiply_skipping(const Kernels &k, const Factor &f, const float *x, Index columns, Index tokens,
+                       Index wide, Index depth) {
     const View &m = f.matrix->view();
     const bool added = m.kind != Kind::bitmask;
     const Index padded = round_up(m.padded, depth), tiles = (tokens + wide - 1) / wide;
@@ -293,47 +292,62 @@ void multiply_skipping(const Factor &f, const float *x, Index columns, Index tok
 
 // What a product reads of the activations; factors that read the same share it.
 enum class Form { floats, skipped, ints };
-Form form_of(const Factor &f) {
+Form form_of(const Kernels &k, const Factor &f) {
     const View &m = f.matrix->view();
     if (m.kind == Kind::bitmask) return Form::skipped;
-    return is_integer(m.type) && f.act8 && m.kind != Kind::vector ? Form::ints : Form::floats;
+    return f.act8 && rounds_inputs(k, m) ? Form::ints : Form::floats;
+}
+
+// Whether some weights are left over that expanding the integers leaves out.
+bool has_rest(const Kernels &k, const Factor &f) {
+    const View &m = f.matrix->view();
+    return m.rest_starts && k.steps(m) != Steps::bytes;
 }
 
 }  // namespace
 
+// Blocks: with floats, what is removed takes no time; integers, if four are multiplied at once, are so
+// much faster that all of them may be.
+bool rounds_inputs(const Kernels &k, const View &m) {
+    if (!is_integer(m.type) || m.kind != Kind::vector) return is_integer(m.type);
+    const Index kept = (m.starts[m.panels] - m.starts[0]) * 8 / bits_of(m.type);
+    return k.steps(m) == Steps::bytes && kept * 64 > m.rows * m.padded * m.height;
+}
+
 void multiply_large(const std::vector<Factor> &factors, const float *x, Index columns, Index tokens) {
+    const Kernels &k = kernels();
     std::vector<const Factor *> left;
     for (const Factor &f : factors) left.push_back(&f);
     while (!left.empty()) {
         const View &m = left.front()->matrix->view();
-        const Form form = form_of(*left.front());
+        const Form form = form_of(k, *left.front());
         const auto same = std::stable_partition(left.begin(), left.end(), [&](const Factor *f) {
             const View &other = f->matrix->view();
-            return form_of(*f) == form && (form != Form::ints || (other.group == m.group && steps_of(other) == steps_of(m)));
+            return form_of(k, *f) == form && (form != Form::ints || (other.group == m.group && k.steps(other) == k.steps(m)));
         });
         if (form == Form::floats) {
             const Index padded = round_up(columns, kDepth);
-            const float *tiled = tile_floats(x, columns, tokens, padded, kTile);
+            const float *tiled = tile_floats(x, columns, tokens, padded, k.tile_tokens);
             for (auto f = left.begin(); f != same; ++f) {
                 const Matrix &matrix = *(*f)->matrix;
                 const View &own = matrix.view();
                 if (own.kind == Kind::vector && own.height > 4)
-                    over_tiles(**f, tokens, padded / kDepth, SlotWork{own, tiled, padded});
-                else over_tiles(**f, tokens, padded / kDepth, DenseWork{matrix, own, tiled, padded});
+                    over_tiles(**f, tokens, padded / kDepth, SlotWork{k, own, tiled, padded});
+                else over_tiles(**f, tokens, padded / kDepth, DenseWork{k, matrix, own, tiled, padded});
             }
         } else if (form == Form::ints) {
-            const IntTiles in = tile_ints(steps_of(m), m.group, x, columns, tokens);
-            const Index depth = kDepth / m.group;
+            const IntTiles in = tile_ints(k, k.steps(m), m.group, x, columns, tokens);
+            const Index depth = kIntDepth / m.group;
             for (auto f = left.begin(); f != same; ++f) {
                 Factor most = **f;
-                if (most.matrix->view().rest_starts) most.bias = nullptr;  // what is left over comes first
-                over_tiles(most, tokens, (in.groups + depth - 1) / depth, IntWork{most.matrix->view(), in});
+                if (has_rest(k, **f)) most.bias = nullptr;  // what is left over comes first
+                over_tiles(most, tokens, (in.groups + depth - 1) / depth, IntWork{k, most.matrix->view(), in});
             }
         }
         for (auto f = left.begin(); f != same; ++f)
-            if (form == Form::skipped) multiply_skipping(**f, x, columns, tokens, 64, 128);
-            else if (form == Form::ints && (*f)->matrix->view().rest_starts)
-                multiply_skipping(**f, x, columns, tokens, 32, m.padded);
+            if (form == Form::skipped) multiply_skipping(k, **f, x, columns, tokens, 64, 128);
+            else if (form == Form::ints && has_rest(k, **f))
+                multiply_skipping(k, **f, x, columns, tokens, 32, m.padded);
         left.erase(left.begin(), same);
     }
 }

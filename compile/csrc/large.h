@@ -2,9 +2,14 @@
 // tokens runs over it.
 #pragma once
 
+#include <utility>
+
 #include "small_floats.h"
 
 namespace isa::ISA {
+
+// Tokens of a tile: as many sums as registers hold beside what they are made of.
+constexpr int kTile = Widest::lanes == 16 ? 12 : 6;
 
 template <Type V>
 void expand_of(const View &m, Index panel, Index from, Index to, float *out) {
@@ -178,47 +183,45 @@ Index slots(const View &m, Index panel, Index from, Index to, float *w, std::int
                           : slots_of<8>(m, panel, from, to, w, places);
 }
 
-template <int T, int Halves, bool Placed>
+template <typename F, int T, int Parts, bool Placed>
 APART void tile_of(const float *w, const std::int32_t *place, const float *x, Index count,
                     float *y) {
-    F8 acc[T][Halves];
+    typename F::V acc[T][Parts];
     for (int t = 0; t < T; ++t)
-        for (int h = 0; h < Halves; ++h) acc[t][h] = load(y + t * kTileRows + 8 * h);
+        for (int i = 0; i < Parts; ++i) acc[t][i] = F::load(y + t * kTileRows + F::lanes * i);
     for (Index n = 0; n < count; ++n) {
-        F8 weights[Halves];
-        for (int h = 0; h < Halves; ++h, w += 8) weights[h] = load(w);
+        typename F::V weights[Parts];
+        for (int i = 0; i < Parts; ++i, w += F::lanes) weights[i] = F::load(w);
         const float *inputs = Placed ? x + place[n] : x + n * kTile;
         for (int t = 0; t < T; ++t) {
-            const F8 input = set1(inputs[t]);
-            for (int h = 0; h < Halves; ++h) acc[t][h] = fma(weights[h], input, acc[t][h]);
+            const typename F::V input = F::set1(inputs[t]);
+            for (int i = 0; i < Parts; ++i) acc[t][i] = fma(weights[i], input, acc[t][i]);
         }
     }
     for (int t = 0; t < T; ++t)
-        for (int h = 0; h < Halves; ++h) store(y + t * kTileRows + 8 * h, acc[t][h]);
+        for (int i = 0; i < Parts; ++i) store(y + t * kTileRows + F::lanes * i, acc[t][i]);
 }
 
-template <int Halves, bool Placed>
-void tile_with(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
-               float *y) {
-    switch (tokens) {
-    case 1: return tile_of<1, Halves, Placed>(w, place, x, count, y);
-    case 2: return tile_of<2, Halves, Placed>(w, place, x, count, y);
-    case 3: return tile_of<3, Halves, Placed>(w, place, x, count, y);
-    case 4: return tile_of<4, Halves, Placed>(w, place, x, count, y);
-    case 5: return tile_of<5, Halves, Placed>(w, place, x, count, y);
-    default: return tile_of<6, Halves, Placed>(w, place, x, count, y);
-    }
+template <typename F, int Parts, bool Placed, int... Before>
+void tile_with(std::integer_sequence<int, Before...>, const float *w, const std::int32_t *place,
+               const float *x, Index count, int tokens, float *y) {
+    static constexpr decltype(&tile_of<F, 1, Parts, Placed>) kOf[] = {
+        tile_of<F, Before + 1, Parts, Placed>...};
+    kOf[tokens - 1](w, place, x, count, y);
 }
+
+using Widths = std::make_integer_sequence<int, kTile>;
 
 void tile(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
           float *y) {
-    if (place) tile_with<2, true>(w, place, x, count, tokens, y);
-    else tile_with<2, false>(w, place, x, count, tokens, y);
+    constexpr int kParts = kTileRows / Widest::lanes;
+    if (place) tile_with<Widest, kParts, true>(Widths(), w, place, x, count, tokens, y);
+    else tile_with<Widest, kParts, false>(Widths(), w, place, x, count, tokens, y);
 }
 
 void half_tile(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
                float *y) {
-    tile_with<1, true>(w, place, x, count, tokens, y);
+    tile_with<Eight, 1, true>(Widths(), w, place, x, count, tokens, y);
 }
 
 // ---------------------------------------------------------------------------------- skipped zeros
@@ -280,29 +283,30 @@ template <int Vectors>
 APART void skip_of(const float *w, const std::uint16_t *place, Index listed,
                     const std::int32_t *counts, const float *x, Index wide, float *y, Index stride) {
     for (int r = 0; r < 8; ++r, w += listed, place += listed, y += stride) {
-        F8 acc[Vectors];
-        for (int v = 0; v < Vectors; ++v) acc[v] = load(y + 8 * v);
+        Widest::V acc[Vectors];
+        for (int v = 0; v < Vectors; ++v) acc[v] = Widest::load(y + Widest::lanes * v);
         for (std::int32_t n = 0; n < counts[r]; ++n) {
-            const F8 weight = set1(w[n]);
+            const Widest::V weight = Widest::set1(w[n]);
             const float *inputs = x + place[n] * wide;
-            for (int v = 0; v < Vectors; ++v) acc[v] = fma(weight, load(inputs + 8 * v), acc[v]);
+            for (int v = 0; v < Vectors; ++v)
+                acc[v] = fma(weight, Widest::load(inputs + Widest::lanes * v), acc[v]);
         }
-        for (int v = 0; v < Vectors; ++v) store(y + 8 * v, acc[v]);
+        for (int v = 0; v < Vectors; ++v) store(y + Widest::lanes * v, acc[v]);
     }
+}
+
+template <int... Before>
+void skip_with(std::integer_sequence<int, Before...>, const float *w, const std::uint16_t *place,
+               Index listed, const std::int32_t *counts, const float *x, Index wide, int vectors,
+               float *y, Index stride) {
+    static constexpr decltype(&skip_of<1>) kOf[] = {skip_of<Before + 1>...};
+    kOf[(vectors * 8 - 1) / Widest::lanes](w, place, listed, counts, x, wide, y, stride);
 }
 
 void skip(const float *w, const std::uint16_t *place, Index listed, const std::int32_t *counts,
           const float *x, Index wide, int vectors, float *y, Index stride) {
-    switch (vectors) {
-    case 1: return skip_of<1>(w, place, listed, counts, x, wide, y, stride);
-    case 2: return skip_of<2>(w, place, listed, counts, x, wide, y, stride);
-    case 3: return skip_of<3>(w, place, listed, counts, x, wide, y, stride);
-    case 4: return skip_of<4>(w, place, listed, counts, x, wide, y, stride);
-    case 5: return skip_of<5>(w, place, listed, counts, x, wide, y, stride);
-    case 6: return skip_of<6>(w, place, listed, counts, x, wide, y, stride);
-    case 7: return skip_of<7>(w, place, listed, counts, x, wide, y, stride);
-    default: return skip_of<8>(w, place, listed, counts, x, wide, y, stride);
-    }
+    skip_with(std::make_integer_sequence<int, 64 / Widest::lanes>(), w, place, listed, counts, x, wide,
+              vectors, y, stride);
 }
 
 std::uint64_t checksum(const std::uint64_t *words, Index count) {

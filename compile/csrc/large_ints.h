@@ -2,8 +2,9 @@
 // activations' steps, and every tile of tokens runs over it.
 #pragma once
 
-#include <type_traits>
+#include <algorithm>
 
+#include "large.h"
 #include "small_ints.h"
 
 namespace isa::ISA {
@@ -64,12 +65,15 @@ void expand_picked(const View &m, Index panel, int half, Index first, Index grou
 
 template <Type V, int G, int T>
 APART void tile_dense(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
-                       const float *factors, Index groups, float *y) {
+                      const float *factors, const std::int32_t *begin, Index groups, float *y) {
     // int4: eight steps of sums in int16, see dense4.
     constexpr int kSteps = V == Type::int8 ? G / 2 : 8, kParts = V == Type::int8 ? 1 : G / 32;
     for (Index g = 0; g < groups; ++g) {
         B32 whole[T][2];
-        for (int t = 0; t < T; ++t) whole[t][0] = whole[t][1] = zero_bytes();
+        for (int t = 0; t < T; ++t) {
+            const bool uneven = V == Type::int4;
+            whole[t][0] = whole[t][1] = uneven ? set1_32(begin[g * kTile + t]) : zero_bytes();
+        }
         for (int part = 0; part < kParts; ++part) {
             B32 acc[T][2];
             for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = zero_bytes();
@@ -142,49 +146,39 @@ APART void tile_picked(const std::uint8_t *w, const float *scales, const std::ui
     }
 }
 
-// Call f(type, group, keep) with what the matrix has, all of them known to the compiler; keep is 0
-// if it is dense.
-template <Type V, int G, typename Function> INLINE void with_keep(const View &m, const Function &f) {
-    constexpr std::integral_constant<Type, V> type;
-    constexpr std::integral_constant<int, G> group;
-    if (m.kind == Kind::dense) f(type, group, std::integral_constant<int, 0>());
-    else if (m.window == 4) f(type, group, std::integral_constant<int, 2>());
-    else if (m.keep == 4) f(type, group, std::integral_constant<int, 4>());
-    else f(type, group, std::integral_constant<int, 8>());
-}
-template <typename Function> INLINE void with_known(const View &m, const Function &f) {
-    if (m.type == Type::int8)
-        m.group == 64 ? with_keep<Type::int8, 64>(m, f) : with_keep<Type::int8, 32>(m, f);
-    else
-        m.group == 64 ? with_keep<Type::int4, 64>(m, f) : with_keep<Type::int4, 32>(m, f);
+Steps steps(const View &m) {
+    if (m.kind == Kind::dense) return m.type == Type::int8 ? Steps::pairs : Steps::quads;
+    return m.window == 4 ? Steps::signs : Steps::windows;
 }
 
-void expand_ints(const View &m, Index panel, int half, Index first, Index groups, std::uint8_t *out,
-                 float *scales) {
-    with_known(m, [&](auto type, auto group, auto keep) {
-        if constexpr (keep.value == 0)
-            expand_dense<type.value, group.value>(m, panel, half, first, groups, out, scales);
-        else
-            expand_picked<type.value, group.value, keep.value>(m, panel, half, first, groups, out, scales);
-    });
+void expand_ints(const View &m, Index unit, Index first, Index groups, std::uint8_t *out, float *scales) {
+    for (int half = 0; half < 2; ++half) {
+        const Index panel = std::min(unit * 2 + half, m.panels - 1);
+        with_known(m, [&](auto type, auto group, auto keep) {
+            if constexpr (keep.value == 0)
+                expand_dense<type.value, group.value>(m, panel, half, first, groups, out, scales);
+            else
+                expand_picked<type.value, group.value, keep.value>(m, panel, half, first, groups, out, scales);
+        });
+    }
 }
 
 template <int T>
 void tile_ints_of(const View &m, const std::uint8_t *w, const float *scales, const std::uint8_t *x,
-                  const float *factors, Index groups, float *y) {
+                  const float *factors, const std::int32_t *begin, Index groups, float *y) {
     with_known(m, [&](auto type, auto group, auto keep) {
         if constexpr (keep.value == 0)
-            tile_dense<type.value, group.value, T>(w, scales, x, factors, groups, y);
+            tile_dense<type.value, group.value, T>(w, scales, x, factors, begin, groups, y);
         else
             tile_picked<type.value, group.value, T, keep.value>(w, scales, x, factors, groups, y);
     });
 }
 
 void tile_ints(const View &m, const std::uint8_t *w, const float *scales, const std::uint8_t *x,
-               const float *factors, Index groups, int tokens, float *y) {
+               const float *factors, const std::int32_t *begin, Index groups, int tokens, float *y) {
     // Tiles are filled up with tokens of 0, so two widths are enough.
-    if (tokens <= 3) tile_ints_of<3>(m, w, scales, x, factors, groups, y);
-    else tile_ints_of<6>(m, w, scales, x, factors, groups, y);
+    if (tokens <= kTile / 2) tile_ints_of<kTile / 2>(m, w, scales, x, factors, begin, groups, y);
+    else tile_ints_of<kTile>(m, w, scales, x, factors, begin, groups, y);
 }
 
 }  // namespace isa::ISA

@@ -84,20 +84,22 @@ struct Inputs {
 
 // How int8 activations meet the integers of a matrix with many tokens, step by step.
 enum class Steps {
-    pairs,    // dense int8: two int16
-    quads,    // dense int4: four int8
+    pairs,    // two int16
+    quads,    // four int8; the weights are uint8, too large by 8
+    bytes,    // four int8; the weights are uint8, too large by 128
     signs,    // 2:4: eight int8 and their negatives
     windows,  // N:16: sixteen int8
 };
-static inline Steps steps_of(const View &m) {
-    if (m.kind == Kind::dense) return m.type == Type::int8 ? Steps::pairs : Steps::quads;
-    return m.window == 4 ? Steps::signs : Steps::windows;
+static constexpr Index columns_of(Steps steps) {
+    return steps == Steps::pairs ? 2 : steps <= Steps::bytes ? 4 : steps == Steps::signs ? 8 : 16;
 }
-static constexpr Index columns_of(Steps steps) { return Index(2) << int(steps); }
-static constexpr Index bytes_of(Steps steps) { return steps <= Steps::quads ? 4 : 16; }
+static constexpr Index bytes_of(Steps steps) { return steps <= Steps::bytes ? 4 : 16; }
+static constexpr int excess_of(Steps steps) {
+    return steps == Steps::quads ? 8 : steps == Steps::bytes ? 128 : 0;
+}
 
-constexpr int kTokens = 4;   // the most that a small product takes at once
-constexpr int kTile = 6;     // tokens of a tile of a large product
+constexpr int kTokens = 4;      // the most that a small product takes at once
+constexpr int kMostTile = 12;   // tokens of a tile of a large product, at most
 constexpr int kTileRows = 16;
 
 // The kernels of one instruction set. `scratch`: 16 * padded + 4096 bytes.
@@ -106,6 +108,7 @@ struct Spread;
 
 struct Kernels {
     const char *name;
+    int tile_tokens;  // of a tile of a large product
     // y[t * stride + row] = W x_t, for the rows of panels [first, last) and `tokens` <= kTokens.
     void (*small)(const View &, Index first, Index last, const Inputs &, int tokens, float *y,
                   Index stride, float *scratch);
@@ -116,10 +119,10 @@ struct Kernels {
     // or N:M floats, or blocks of four rows.
     void (*expand)(const View &, Index panel, Index from, Index to, float *out);
     // The same of a panel of blocks of H = 16 or 8 rows, at most one a column: w[slot * H + row],
-    // and of each slot (its column - from) * kTile. Returns how many there are.
+    // and of each slot (its column - from) * tile_tokens. Returns how many there are.
     Index (*slots)(const View &, Index panel, Index from, Index to, float *w, std::int32_t *places);
     // y[t * kTileRows + row] += sum over n of w[n * kTileRows + row] * x[place[n] + t] for
-    // t < tokens <= kTile; place[n] = n * kTile if it is null.
+    // t < tokens <= tile_tokens; place[n] = n * tile_tokens if it is null.
     void (*tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
                  float *y);
     // The same for eight rows, w[n * 8 + row].
@@ -131,19 +134,22 @@ struct Kernels {
     void (*list)(const View &, Index panel, Index from, Index to, Index listed, float *weights,
                  std::uint16_t *places, std::int32_t *counts, Index *read);
     // Eight rows, the lanes being tokens: y[r * stride + t] += sum over the row's list of
-    // weight * x[place * wide + t] for t < 8 * vectors; vectors <= 8.
+    // weight * x[place * wide + t] for t < 8 * vectors; vectors <= 8; what lies behind them, up to `wide`, may be added, too.
     void (*skip)(const float *w, const std::uint16_t *place, Index listed, const std::int32_t *counts,
                  const float *x, Index wide, int vectors, float *y, Index stride);
-    // Integers, dense or N:M: `groups` groups from the first on of a panel, which is the upper or the
-    // lower half of a tile, in the order of Steps; scales[g * kTileRows + row]. `out` holds both
-    // halves, at most 32 bytes a column.
-    void (*expand_ints)(const View &, Index panel, int half, Index first, Index groups,
-                        std::uint8_t *out, float *scales);
-    // y[t * kTileRows + row] += sum over groups of scales[g * kTileRows + row] * factors[g * kTile + t]
-    // * sum over the group's steps of w * x, x being [step][kTile] of the step's bytes. int4, dense:
-    // weights are too large by 8.
+    // How activations meet this matrix of integers; of one in blocks it counts if it is `bytes` only.
+    Steps (*steps)(const View &);
+    // Integers: `groups` groups from the first on of the unit-th kTileRows rows, in the order of Steps;
+    // scales[g * kTileRows + row]. `out` holds at most 32 bytes a column. Of `bytes` what is left over
+    // is among them.
+    void (*expand_ints)(const View &, Index unit, Index first, Index groups, std::uint8_t *out,
+                        float *scales);
+    // y[t * kTileRows + row] += sum over groups of scales[g * kTileRows + row] * factors[at] *
+    // (begin[at] + sum over the group's steps of w * x), at = g * tile_tokens + t, x being
+    // [step][tile_tokens] of the step's bytes. begin: what makes up for weights that are too large.
     void (*tile_ints)(const View &, const std::uint8_t *w, const float *scales,
-                      const std::uint8_t *x, const float *factors, Index groups, int tokens, float *y);
+                      const std::uint8_t *x, const float *factors, const std::int32_t *begin,
+                      Index groups, int tokens, float *y);
     // A row of a weight of `width` bytes a value to stored values and nibbles, see semi_structured.h;
     // bits: the kept columns, or null. False: a group keeps too many.
     bool (*compress_row)(const Squeeze &, int width, const std::uint8_t *row, const std::uint8_t *bits,
@@ -158,6 +164,7 @@ struct Kernels {
 const Kernels &plain_kernels();
 #if defined(__x86_64__)
 const Kernels &avx2_kernels();
+const Kernels &avx512_kernels();
 #elif defined(__aarch64__)
 const Kernels &neon_kernels();
 #endif

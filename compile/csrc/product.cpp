@@ -125,13 +125,23 @@ std::atomic<const Kernels *> chosen{nullptr};
 
 }  // namespace
 
+bool rounds_inputs(const View &m, Index tokens) {
+    return tokens <= few_tokens(m) ? is_integer(m.type) : rounds_inputs(kernels(), m);
+}
+
 std::vector<const Kernels *> usable_kernels() {
     std::vector<const Kernels *> found;
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
+        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) {
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+            __builtin_cpu_supports("avx512vbmi2"))
+            found.push_back(&avx512_kernels());
         found.push_back(&avx2_kernels());
+    }
 #elif defined(__aarch64__)
     found.push_back(&neon_kernels());
 #endif

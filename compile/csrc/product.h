@@ -16,6 +16,11 @@ void multiply(const std::vector<Factor> &factors, const float *x, Index columns,
 
 // The same for many tokens; multiply calls it.
 void multiply_large(const std::vector<Factor> &factors, const float *x, Index columns, Index tokens);
+// Whether it rounds its inputs to int8, if it may.
+bool rounds_inputs(const Kernels &, const View &);
+
+// Whether a product with so many tokens does.
+bool rounds_inputs(const View &, Index tokens);
 
 // The kernels in use; and which could be.
 const Kernels &kernels();

@@ -5,7 +5,7 @@
 
 enum class Room {
     widened, q64, q32, scale64, scale32, total64, total32, partial,         // few tokens
-    tiled, factors, totals, q, scale, total,                                // many: activations
+    tiled, factors, begin, q, scale, total,                                // many: activations
     weights, scales, places, counts, sums,                                  // many: weights
 };
 

@@ -22,7 +22,7 @@ INLINE void pick8(const std::uint8_t *from, std::uint64_t places, std::uint8_t *
 // Sixteen of the 8 bytes at `from`, the same way.
 INLINE void pick16(const std::uint8_t *from, std::uint64_t low, std::uint64_t high, std::uint8_t *to);
 
-#if SIMD_NUMBER(ISA) == SIMD_avx2
+#if SIMD_NUMBER(ISA) == SIMD_avx2 || SIMD_NUMBER(ISA) == SIMD_avx512
 template <int Width> INLINE unsigned nonzero(const std::uint8_t *from) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from)), zero = _mm_setzero_si128();
     if constexpr (Width == 1) return ~unsigned(_mm_movemask_epi8(_mm_cmpeq_epi8(x, zero))) & 0xffff;

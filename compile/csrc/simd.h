@@ -3,6 +3,7 @@
 // One of the headers below gives them for the instruction set that this file is compiled for, all
 // in the namespace `isa::NAME`, so that several of them can be linked into one library:
 //   F8   eight floats                     B32  thirty-two bytes, also as 16 x int16 or 8 x int32
+//   Widest::V   as many floats as a register holds: eight, or sixteen with AVX-512
 // The meaning of each operation is that of simd_plain.h, which is plain C++.
 #pragma once
 
@@ -25,16 +26,33 @@
 #define APART
 #endif
 
-// The build says which one: -DISA=plain, avx2 or neon.
+// The build says which one: -DISA=plain, avx2, avx512 or neon.
 #define SIMD_plain 0
 #define SIMD_avx2 1
 #define SIMD_neon 2
+#define SIMD_avx512 3
 #define SIMD_NUMBER(isa) SIMD_NUMBER_(isa)
 #define SIMD_NUMBER_(isa) SIMD_##isa
 #if SIMD_NUMBER(ISA) == SIMD_avx2
 #include "simd_avx2.h"
+#elif SIMD_NUMBER(ISA) == SIMD_avx512
+#include "simd_avx512.h"
 #elif SIMD_NUMBER(ISA) == SIMD_neon
 #include "simd_neon.h"
 #else
 #include "simd_plain.h"
 #endif
+
+namespace isa::ISA {
+
+struct Eight {
+    using V = F8;
+    static constexpr int lanes = 8;
+    static INLINE V load(const float *p) { return isa::ISA::load(p); }
+    static INLINE V set1(float x) { return isa::ISA::set1(x); }
+};
+#if SIMD_NUMBER(ISA) != SIMD_avx512
+using Widest = Eight;
+#endif
+
+}  // namespace isa::ISA

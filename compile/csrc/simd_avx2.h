@@ -1,4 +1,4 @@
-// The operations of simd_plain.h with AVX2, FMA and F16C.
+// The operations of simd_plain.h with AVX2, FMA and F16C; simd_avx512.h builds on them.
 #pragma once
 
 #include <immintrin.h>
@@ -6,7 +6,7 @@
 #include "layout.h"
 #include "masks.h"
 
-namespace isa::avx2 {
+namespace isa::ISA {
 
 using F8 = __m256;
 using B32 = __m256i;
@@ -151,4 +151,4 @@ template <Type V> INLINE F8 expand_masked(const std::uint8_t *p, std::uint64_t m
     }
 }
 
-}  // namespace isa::avx2
+}  // namespace isa::ISA

@@ -1,6 +1,8 @@
 // Products of integers with few tokens: the activations are int8, too, in groups.
 #pragma once
 
+#include <type_traits>
+
 #include "small_floats.h"
 
 namespace isa::ISA {
@@ -306,6 +308,23 @@ void quantize(const float *x, Index columns, Index padded, int group, std::int8_
         scale[g] = !finite ? std::nanf("") : tiny ? 0.0f : peak / 127.0f;
         total[g] = sum;
     }
+}
+
+// Call f(type, group, keep) with what the matrix has, all of them known to the compiler; keep is 0
+// if it is dense.
+template <Type V, int G, typename Function> INLINE void with_keep(const View &m, const Function &f) {
+    constexpr std::integral_constant<Type, V> type;
+    constexpr std::integral_constant<int, G> group;
+    if (m.kind == Kind::dense) f(type, group, std::integral_constant<int, 0>());
+    else if (m.window == 4) f(type, group, std::integral_constant<int, 2>());
+    else if (m.keep == 4) f(type, group, std::integral_constant<int, 4>());
+    else f(type, group, std::integral_constant<int, 8>());
+}
+template <typename Function> INLINE void with_known(const View &m, const Function &f) {
+    if (m.type == Type::int8)
+        m.group == 64 ? with_keep<Type::int8, 64>(m, f) : with_keep<Type::int8, 32>(m, f);
+    else
+        m.group == 64 ? with_keep<Type::int4, 64>(m, f) : with_keep<Type::int4, 32>(m, f);
 }
 
 }  // namespace isa::ISA

@@ -1,7 +1,7 @@
 // Attention over pages: two passes, scores = K q and then the values weighted by them.
 //
-// Rows of queries are the heads that share a KV head, token after token, six at a time: as many as a
-// tile has. A unit has some such blocks, so that a page is brought into the cache, and made floats,
+// Rows of queries are the heads that share a KV head, token after token, as many at a time as a
+// tile has tokens. A unit has some such blocks, so that a page is brought into the cache, and made floats,
 // once for all of them.
 #include <algorithm>
 #include <cstring>
@@ -10,7 +10,6 @@
 
 namespace {
 
-constexpr Index kRows = kTile;             // of a block
 constexpr Index kMostBlocks = 8;           // of a unit
 constexpr Index kScores = 64 << 10;        // floats of the scores of a unit, if it has several blocks
 constexpr Index kParallelWork = 128 << 10; // multiplications that are worth waking threads for
@@ -27,7 +26,7 @@ template <Name> float *scratch(Index count) {
 }  // namespace
 
 void Decoder::plan(const Batch &batch, const Sizes &sizes) {
-    const Index group = sizes.group();
+    const Index group = sizes.group(), wide = kernels().tile_tokens;
     if (planned_group_ == group && planned_heads_ == sizes.kv_heads) return;
     planned_group_ = group;
     planned_heads_ = sizes.kv_heads;
@@ -36,10 +35,10 @@ void Decoder::plan(const Batch &batch, const Sizes &sizes) {
     for (Index s = 0; s < batch.sequences; ++s) {
         const Index tokens = batch.starts[s + 1] - batch.starts[s], rows = tokens * group;
         const Index length = batch.positions[s] + tokens;
-        const Index blocks = std::clamp<Index>(kScores / (kRows * length), 1, kMostBlocks);
+        const Index blocks = std::clamp<Index>(kScores / (wide * length), 1, kMostBlocks);
         for (Index head = 0; head < sizes.kv_heads; ++head)
-            for (Index first = 0; first < rows; first += blocks * kRows)
-                units_.push_back({s, head, first, std::min(rows, first + blocks * kRows)});
+            for (Index first = 0; first < rows; first += blocks * wide)
+                units_.push_back({s, head, first, std::min(rows, first + blocks * wide)});
         work_ += rows * sizes.kv_heads * length * shape_.head_dim * 2;
     }
 }
@@ -101,7 +100,8 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
     const Dimensions &d = shape_;
     const Sizes &sizes = d.layers[std::size_t(index)];
     const Index window = layers_[std::size_t(index)].window, group = sizes.group();
-    const Index rows = unit.last - unit.first, blocks = (rows + kRows - 1) / kRows;
+    const Index wide = products.tile_tokens;  // rows of a block
+    const Index rows = unit.last - unit.first, blocks = (rows + wide - 1) / wide;
     const Index start = batch.starts[unit.sequence], before = batch.positions[unit.sequence];
     const std::int32_t *table = batch.tables + unit.sequence * batch.table_width;
     const auto token_of = [&](Index row) { return (unit.first + row) / group; };
@@ -110,34 +110,34 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
     };
     const Index first_page = first_key(0) / kPageTokens, end = before + token_of(rows - 1) + 1;
     const Index pages = (end + kPageTokens - 1) / kPageTokens - first_page, width = pages * kPageTokens;
-    const Index chunks = cache_.chunks(), tile = kRows * kTileRows;
-    float *queries = scratch<kQueries>(blocks * d.head_dim * kRows);
-    float *scores = scratch<kScoresOf>(blocks * kRows * width);
+    const Index chunks = cache_.chunks(), tile = wide * kTileRows;
+    float *queries = scratch<kQueries>(blocks * d.head_dim * wide);
+    float *scores = scratch<kScoresOf>(blocks * wide * width);
     float *sums = scratch<kSums>(blocks * chunks * tile);
     float *room = scratch<kRoom>(cache_.room());
 
     for (Index r = 0; r < rows; ++r) {
         const Index head = unit.head * group + (unit.first + r) % group;
         const float *query = query_.at + (start + token_of(r)) * query_.stride + head * d.head_dim;
-        float *out = queries + r / kRows * d.head_dim * kRows + r % kRows;
-        for (Index i = 0; i < d.head_dim; ++i) out[i * kRows] = query[i] * d.attention_scale;
+        float *out = queries + r / wide * d.head_dim * wide + r % wide;
+        for (Index i = 0; i < d.head_dim; ++i) out[i * wide] = query[i] * d.attention_scale;
     }
-    const auto rows_of = [&](Index block) { return int(std::min(kRows, rows - block * kRows)); };
+    const auto rows_of = [&](Index block) { return int(std::min(wide, rows - block * wide)); };
     for (Index p = 0; p < pages; ++p) {
         const Index page = table[first_page + p];
         const float *keys = cache_.keys(index, page, unit.head, room);
         const float *scales = cache_.key_scales(index, page, unit.head);
         for (Index b = 0; b < blocks; ++b) {
-            float y[kRows * kTileRows] = {};
-            products.tile(keys, nullptr, queries + b * d.head_dim * kRows, d.head_dim, rows_of(b), y);
+            float y[kMostTile * kTileRows] = {};
+            products.tile(keys, nullptr, queries + b * d.head_dim * wide, d.head_dim, rows_of(b), y);
             for (Index r = 0; r < rows_of(b); ++r) {
-                float *out = scores + (b * kRows + r) * width + p * kPageTokens;
+                float *out = scores + (b * wide + r) * width + p * kPageTokens;
                 for (Index i = 0; i < kPageTokens; ++i)
                     out[i] = scales ? y[r * kTileRows + i] * scales[i] : y[r * kTileRows + i];
             }
         }
     }
-    float totals[kMostBlocks * kRows];
+    float totals[kMostBlocks * kMostTile];
     for (Index r = 0; r < rows; ++r) {
         float *own = scores + r * width;
         const Index from = first_key(r) - first_page * kPageTokens;
@@ -154,10 +154,10 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
         const float *values = cache_.values(index, page, unit.head, room);
         const float *scales = cache_.value_scales(index, page, unit.head);
         for (Index b = 0; b < blocks; ++b) {
-            float weights[kPageTokens * kRows];
+            float weights[kPageTokens * kMostTile];
             for (Index r = 0; r < rows_of(b); ++r) {
-                const float *own = scores + (b * kRows + r) * width + p * kPageTokens;
-                for (Index i = 0; i < here; ++i) weights[i * kRows + r] = scales ? own[i] * scales[i] : own[i];
+                const float *own = scores + (b * wide + r) * width + p * kPageTokens;
+                for (Index i = 0; i < here; ++i) weights[i * wide + r] = scales ? own[i] * scales[i] : own[i];
             }
             for (Index c = 0; c < chunks; ++c)
                 products.tile(values + c * kPageTokens * kTileRows, nullptr, weights, here, rows_of(b),
@@ -168,7 +168,7 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
         const Index head = unit.head * group + (unit.first + r) % group;
         float *out = mixed_.data() + ((start + token_of(r)) * sizes.heads + head) * d.head_dim;
         for (Index i = 0; i < d.head_dim; ++i)
-            out[i] = sums[(r / kRows * chunks + i / kTileRows) * tile + r % kRows * kTileRows +
+            out[i] = sums[(r / wide * chunks + i / kTileRows) * tile + r % wide * kTileRows +
                           i % kTileRows] / totals[r];
     }
 }

@@ -31,6 +31,7 @@ const DecoderKernels &decoder_kernels();
 const DecoderKernels &plain_decoder_kernels();
 #if defined(__x86_64__)
 const DecoderKernels &avx2_decoder_kernels();
+const DecoderKernels &avx512_decoder_kernels();
 #elif defined(__aarch64__)
 const DecoderKernels &neon_decoder_kernels();
 #endif

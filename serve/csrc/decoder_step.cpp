@@ -9,6 +9,7 @@
 const DecoderKernels &decoder_kernels() {
     const std::string name = kernels().name;
 #if defined(__x86_64__) && defined(__GNUC__)
+    if (name == "avx512") return avx512_decoder_kernels();
     if (name == "avx2") return avx2_decoder_kernels();
 #elif defined(__aarch64__)
     if (name == "neon") return neon_decoder_kernels();

@@ -136,19 +136,20 @@ def decoded(weight: Weight, layout: str) -> Array:
     return np.where(left_over(weight.mask), rounded, weight.dense)
 
 
-def takes_int8(matrix: cpu.CpuMatrix, tokens: int) -> bool:
-    """Whether a product quantises its activations; with many tokens, blocks do not."""
-    return matrix.activations == "int8" and (tokens <= FEW or not matrix.layout.endswith("x1"))
-
-
 def product(weight: Weight, matrix: cpu.CpuMatrix, x: Array) -> tuple[Array, float]:
-    """``x Wᵀ`` in float64, and what its norm would be if no terms cancelled."""
-    held = decoded(weight, matrix.layout).astype(np.float64)
+    """``x Wᵀ`` in float64, and what its norm would be if no terms cancelled.
+
+    With AVX-512 and many tokens what is left over becomes the integers again that it was.
+    """
+    rounded = matrix.rounds_inputs(len(x))
+    whole = rounded and cpu.isa() == "avx512" and len(x) > FEW
+    held = (weight.dense if whole else decoded(weight, matrix.layout)).astype(np.float64)
     size = float(np.sqrt((held**2 @ (x.astype(np.float64) ** 2).T).sum()))
     exact = x.astype(np.float64)
-    if not takes_int8(matrix, len(x)):
+    if not rounded:
         return exact @ held.T, size
-    rest = left_over(weight.mask) if matrix.layout == "4:16+rest" else np.zeros(weight.shape, bool)
+    apart = matrix.layout == "4:16+rest" and not whole
+    rest = left_over(weight.mask) if apart else np.zeros(weight.shape, bool)
     rough = quantised(x, min(weight.group_size or 64, 64))
     return rough @ np.where(rest, 0, held).T + exact @ np.where(rest, held, 0).T, size
 
