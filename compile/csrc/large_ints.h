@@ -66,7 +66,7 @@ void expand_picked(const View &m, Index panel, int half, Index first, Index grou
 template <Type V, int G, int T>
 APART void tile_dense(const std::uint8_t *w, const float *scales, const std::uint8_t *x,
                       const float *factors, const std::int32_t *begin, Index groups, float *y) {
-    // int4: eight steps of sums in int16, see dense4.
+    // int4: eight steps of sums in int16, see dense_group.
     constexpr int kSteps = V == Type::int8 ? G / 2 : 8, kParts = V == Type::int8 ? 1 : G / 32;
     for (Index g = 0; g < groups; ++g) {
         B32 whole[T][2];

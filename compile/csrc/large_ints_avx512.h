@@ -166,7 +166,9 @@ void add_left_over(const View &m, Index panel, int lane, Index first, Index grou
             if (words[r] < from || words[r] >= to || weights[r] == 0) continue;
             const Index column = words[r] - from;
             const float scale = scales[column / m.group * kTileRows + lane + r];
-            out[column / 4 * 64 + (lane + r) * 4 + column % 4] += std::uint8_t(int(std::rint(weights[r] / scale)));
+            const float whole = std::rint(weights[r] / scale);
+            if (std::fabs(whole) <= 127)  // not if the scale is NaN
+                out[column / 4 * 64 + (lane + r) * 4 + column % 4] += std::uint8_t(int(whole));
         }
     }
 }

@@ -109,6 +109,10 @@ struct Spread;
 struct Kernels {
     const char *name;
     int tile_tokens;  // of a tile of a large product
+    // Up to so many tokens every weight is used as it is read from memory: measured with one thread and
+    // 2048 x 2048. Not found anew by each process: sums in another order differ in their last bits, and
+    // the same question should have the same answer twice.
+    Index (*few_tokens)(const View &);
     // y[t * stride + row] = W x_t, for the rows of panels [first, last) and `tokens` <= kTokens.
     void (*small)(const View &, Index first, Index last, const Inputs &, int tokens, float *y,
                   Index stride, float *scratch);

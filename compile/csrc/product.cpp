@@ -113,12 +113,11 @@ void multiply_small(const std::vector<Factor> &factors, const float *x, Index co
     });
 }
 
-// Up to so many tokens every weight is used as it is read from memory: measured with AVX2, one thread
-// and 2048 x 2048. Not found anew by each process: sums in another order differ in their last bits,
-// and the same question should have the same answer twice.
-Index few_tokens(const View &m) {
-    if (m.kind == Kind::bitmask) return 12;
-    return m.kind == Kind::nm && !is_integer(m.type) ? 32 : 16;
+constexpr Index kFewInBlocks = 3;  // integers in blocks that many tokens may round their inputs for, too
+
+Index few_tokens(const Kernels &k, const View &m) {
+    const bool alike = is_integer(m.type) && m.kind == Kind::vector && rounds_inputs(k, m);
+    return alike ? kFewInBlocks : k.few_tokens(m);
 }
 
 std::atomic<const Kernels *> chosen{nullptr};
@@ -126,7 +125,8 @@ std::atomic<const Kernels *> chosen{nullptr};
 }  // namespace
 
 bool rounds_inputs(const View &m, Index tokens) {
-    return tokens <= few_tokens(m) ? is_integer(m.type) : rounds_inputs(kernels(), m);
+    const Kernels &k = kernels();
+    return tokens <= few_tokens(k, m) ? is_integer(m.type) : rounds_inputs(k, m);
 }
 
 std::vector<const Kernels *> usable_kernels() {
@@ -162,7 +162,7 @@ void multiply(const std::vector<Factor> &factors, const float *x, Index columns,
     std::vector<Factor> small, large;
     for (const Factor &f : factors) {
         const View &m = f.matrix->view();
-        (tokens <= few_tokens(m) && (f.act8 || !is_integer(m.type)) ? small : large).push_back(f);
+        (tokens <= few_tokens(kernels(), m) && (f.act8 || !is_integer(m.type)) ? small : large).push_back(f);
     }
     if (!small.empty()) multiply_small(small, x, columns, tokens);
     if (!large.empty()) multiply_large(large, x, columns, tokens);

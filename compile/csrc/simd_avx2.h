@@ -53,9 +53,13 @@ INLINE F8 spread2(const float *a, const float *b) {
 }
 INLINE F8 pick4(F8 x, B32 index) { return _mm256_permutevar_ps(x, index); }
 INLINE F8 pick16(F8 low, F8 high, B32 index) {
+#if SIMD_NUMBER(ISA) == SIMD_avx512
+    return _mm256_permutex2var_ps(low, index, high);
+#else
     const F8 a = _mm256_permutevar8x32_ps(low, index);
     const F8 b = _mm256_permutevar8x32_ps(high, index);
     return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+#endif
 }
 INLINE F8 gather(const float *base, const std::uint16_t *index) {
     const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i *>(index));

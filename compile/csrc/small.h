@@ -5,6 +5,17 @@
 
 namespace isa::ISA {
 
+Index few_tokens(const View &m) {
+#if SIMD_NUMBER(ISA) == SIMD_avx512
+    if (m.kind == Kind::bitmask) return 5;
+    if (is_integer(m.type)) return m.kind == Kind::vector ? 16 : 8;
+    return m.kind == Kind::nm ? 24 : m.kind == Kind::vector ? 16 : 8;
+#else
+    if (m.kind == Kind::bitmask) return 12;
+    return m.kind == Kind::nm && !is_integer(m.type) ? 32 : 16;
+#endif
+}
+
 template <int T>
 void small_of(const View &m, Index first, Index last, const Inputs &in, float *y, Index stride,
               float *scratch) {

@@ -112,6 +112,49 @@ INLINE void vector_slots(const View &m, const std::uint8_t *p, const Rows<T> &in
         }
 }
 
+#if SIMD_NUMBER(ISA) == SIMD_avx512
+// Two slots of sixteen rows.
+template <Type V> INLINE void load_chunks(const std::uint8_t *p, __m512 &first, __m512 &second) {
+    if constexpr (V == Type::bf16) {
+        const __m512i bits = _mm512_loadu_si512(p);
+        first = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+        second = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(std::int32_t(0xffff0000))));
+        return;
+    }
+    F8 parts[4];
+    load_chunk<V>(p, parts[0], parts[1]);
+    load_chunk<V>(p + kChunk<V>, parts[2], parts[3]);
+    first = _mm512_insertf32x8(_mm512_castps256_ps512(parts[0]), parts[2], 1);
+    second = _mm512_insertf32x8(_mm512_castps256_ps512(parts[1]), parts[3], 1);
+}
+
+// vector_slots of sixteen rows.
+template <Type V, int T>
+INLINE void sixteen_slots(const View &m, const std::uint8_t *p, const Rows<T> &in, float *y, Index stride) {
+    const Index windows = (m.columns + 255) / 256;
+    const auto *counts = reinterpret_cast<const std::uint16_t *>(p);
+    const std::uint8_t *offset = p + 2 * windows;
+    Index slots = 0;
+    for (Index w = 0; w < windows; ++w) slots += counts[w];
+    p += round_up(2 * windows + slots, 32);
+    __m512 acc[T][2];
+    for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+    for (Index w = 0; w < windows; ++w)
+        for (const std::uint8_t *end = offset + counts[w]; offset < end; offset += 2) {
+            prefetch(p + kAheadFloat);
+            __m512 first, second;
+            load_chunks<V>(p, first, second);
+            p += 2 * kChunk<V>;
+            for (int t = 0; t < T; ++t) {
+                const float *x = in.x[t] + 256 * w;
+                acc[t][0] = fma(first, Widest::set1(x[offset[0]]), acc[t][0]);
+                acc[t][1] = fma(second, Widest::set1(x[offset[1]]), acc[t][1]);
+            }
+        }
+    for (int t = 0; t < T; ++t) store(y + t * stride, add(acc[t][0], acc[t][1]));
+}
+#endif
+
 template <Type V, int T>
 INLINE void two_of_four(const std::uint8_t *p, Index columns, const Rows<T> &in, F8 *sums) {
     F8 acc[T][2];
@@ -204,6 +247,12 @@ void float_panels(const View &m, Index first, Index last, const Inputs &in, floa
             }
             continue;
         }
+#if SIMD_NUMBER(ISA) == SIMD_avx512
+        if (m.kind == Kind::vector && m.height == 16) {
+            sixteen_slots<V, T>(m, p, rows, y + row, stride);
+            continue;
+        }
+#endif
         if (m.kind == Kind::vector && m.height == 16) {
             vector_slots<V, T, 16>(m, p, rows, sums);
             for (int t = 0; t < T; ++t)

@@ -11,27 +11,54 @@ template <int T> struct Quads {  // the quantised inputs of T tokens
     const std::int8_t *q[T];
 };
 
-// Sums of `Quads` quads of int8, each with the next four inputs.
-template <int T>
-INLINE const std::uint8_t *dense8(const std::uint8_t *p, Index quads, const Quads<T> &in, B32 *acc) {
-    for (int t = 0; t < T; ++t) acc[t] = zero_bytes();
-    for (Index k = 0; k < quads; ++k) {
+#if SIMD_NUMBER(ISA) == SIMD_avx512
+
+// Sums of `quads` quads of a group, each with the next four inputs. The weights are made uint8, and so
+// too large by kExcess; two chains of sums, as one waits for itself.
+template <Type V> constexpr int kExcess = V == Type::int8 ? 128 : 8;
+template <Type V, int T>
+INLINE const std::uint8_t *dense_group(const std::uint8_t *p, Index quads, const Quads<T> &in, B32 *acc) {
+    B32 odd[T];
+    for (int t = 0; t < T; ++t) acc[t] = odd[t] = zero_bytes();
+    for (Index k = 0; k < quads; k += 2) {
         prefetch(p + kAheadInt);
-        const B32 weights = load(p);
-        p += 32;
+        const B32 bytes = load(p);
+        B32 first, second;
+        if constexpr (V == Type::int8) {
+            first = _mm256_xor_si256(bytes, set1_byte(-128));
+            second = _mm256_xor_si256(load(p + 32), set1_byte(-128));
+            p += 64;
+        } else {
+            first = low_nibbles(bytes);
+            second = high_nibbles(bytes);
+            p += 32;
+        }
         for (int t = 0; t < T; ++t) {
-            const B32 product = dot2(weights, repeat4(in.q[t] + 4 * k));
-            acc[t] = add32(acc[t], sum_pairs16(product, 1));
+            acc[t] = dot4_unsigned(acc[t], first, repeat4(in.q[t] + 4 * k));
+            odd[t] = dot4_unsigned(odd[t], second, repeat4(in.q[t] + 4 * k + 4));
         }
     }
+    for (int t = 0; t < T; ++t) acc[t] = add32(acc[t], odd[t]);
     return p;
 }
 
-// The same for int4; the weights are too large by 8. Eight quads stay below 2^15 = 32768: each adds
-// two products of at most 15 * 127, 30480 in all.
-template <int T>
-INLINE const std::uint8_t *dense4(const std::uint8_t *p, Index quads, const Quads<T> &in, B32 *acc) {
+#else
+
+// Sums of `quads` quads of a group, each with the next four inputs. int4: the weights are too large by 8,
+// and eight quads stay below 2^15 = 32768: each adds two products of at most 15 * 127, 30480 in all.
+template <Type V> constexpr int kExcess = V == Type::int8 ? 0 : 8;
+template <Type V, int T>
+INLINE const std::uint8_t *dense_group(const std::uint8_t *p, Index quads, const Quads<T> &in, B32 *acc) {
     for (int t = 0; t < T; ++t) acc[t] = zero_bytes();
+    if constexpr (V == Type::int8) {
+        for (Index k = 0; k < quads; ++k) {
+            prefetch(p + kAheadInt);
+            const B32 weights = load(p);
+            p += 32;
+            for (int t = 0; t < T; ++t) acc[t] = dot4(acc[t], weights, repeat4(in.q[t] + 4 * k));
+        }
+        return p;
+    }
     for (Index from = 0; from < quads; from += 8) {
         B32 sums[T];
         for (int t = 0; t < T; ++t) sums[t] = zero_bytes();
@@ -50,6 +77,8 @@ INLINE const std::uint8_t *dense4(const std::uint8_t *p, Index quads, const Quad
     return p;
 }
 
+#endif
+
 // One quad that picks its inputs, and what its weights are too large by.
 template <Type V> struct Picked {
     B32 sum = zero_bytes();     // int8: int32; int4: int16
@@ -57,15 +86,24 @@ template <Type V> struct Picked {
 
     INLINE void add(B32 weights, B32 inputs) {
         if constexpr (V == Type::int8) {
-            sum = add32(sum, sum_pairs16(dot2(weights, inputs), 1));
+            sum = dot4(sum, weights, inputs);
         } else {
+#if SIMD_NUMBER(ISA) == SIMD_avx512
+            sum = dot4_unsigned(sum, weights, inputs);
+            excess = dot4_unsigned(excess, set1_byte(8), inputs);
+#else
             accumulate16(sum, dot2_unsigned(weights, inputs));
             accumulate16(excess, dot2_unsigned(set1_byte(1), inputs));
+#endif
         }
     }
     INLINE B32 total() const {
         if constexpr (V == Type::int8) return sum;
+#if SIMD_NUMBER(ISA) == SIMD_avx512
+        else return subtract32(sum, excess);
+#else
         else return subtract32(sum_pairs16(sum, 1), sum_pairs16(excess, 8));
+#endif
     }
 };
 
@@ -139,11 +177,11 @@ INLINE Index compress(const std::uint8_t *bits, Index groups, const std::int8_t 
     const std::int8_t *begin = out;
     for (Index g = 0; g < groups; ++g) {
         std::int8_t *to = out;
-        for (int i = 0; i < G / 8; ++i, ++bits, q += 8) {
-            const std::uint64_t own = *bits;
-            prefetch(ahead);  // the weights that come next
-            ahead += 64;
-            compress8(q, own, to);
+        for (int i = 0; i < G / kCompressed; ++i, bits += kCompressed / 8, q += kCompressed) {
+            std::uint64_t own = 0;
+            std::memcpy(&own, bits, kCompressed / 8);
+            for (int j = 0; j < kCompressed / 8; ++j, ahead += 64) prefetch(ahead);  // the weights that come next
+            compress_bytes(q, own, to);
             to += __builtin_popcountll(own);
         }
         std::memset(to, 0, 16);
@@ -181,9 +219,13 @@ APART void int_vector(const View &m, Index panel, const Inputs &in, float *y, st
         store(factors + 8 * i,
               mul(load_half(reinterpret_cast<const std::uint16_t *>(scales) + 8 * i),
                   set1(in.scale[i / kHalves])));
+    const std::uint16_t *group = group_of;
+    float *out = y + panel * Height;
+#if SIMD_NUMBER(ISA) == SIMD_avx512
+    if constexpr (Height == 16) return sixteen_rows<V>(p, kept, count, group, factors, out);
+#endif
     F8 sums[kHalves];
     for (int h = 0; h < kHalves; ++h) sums[h] = zero();
-    const std::uint16_t *group = group_of;
     for (Index k = 0; k < count; k += kStep, ++group) {
         const float *factor = factors + Index(*group) * 8 * kHalves;
         const B32 x = inputs_of<Height>(kept + k);
@@ -200,7 +242,7 @@ APART void int_vector(const View &m, Index panel, const Inputs &in, float *y, st
             p += 32;
             B32 whole;
             if constexpr (V == Type::int8) {
-                whole = sum_pairs16(dot2(x, weights), 1);  // |x| is found once for all rows
+                whole = dot4(zero_bytes(), x, weights);  // |x| is found once for all rows
             } else {
                 const B32 a = dot2_unsigned(low_nibbles(weights), x);
                 const B32 b = dot2_unsigned(high_nibbles(weights), next);
@@ -209,7 +251,6 @@ APART void int_vector(const View &m, Index panel, const Inputs &in, float *y, st
             sums[h] = fma(to_float(whole), load(factor + 8 * h), sums[h]);
         }
     }
-    float *out = y + panel * Height;
     if constexpr (Height == 4) write(out, fold_halves(sums[0]), 4);
     else
         for (int h = 0; h < kHalves; ++h) store(out + 8 * h, sums[h]);
@@ -232,14 +273,13 @@ APART void int_panels(const View &m, Index first, Index last, const Inputs &in, 
             const F8 scale = load_half(reinterpret_cast<const std::uint16_t *>(p));
             p += 16;
             B32 acc[T];
-            if constexpr (F == Form::dense && V == Type::int8) p = dense8<T>(p, G / 4, quads, acc);
-            else if constexpr (F == Form::dense) p = dense4<T>(p, G / 4, quads, acc);
+            if constexpr (F == Form::dense) p = dense_group<V, T>(p, G / 4, quads, acc);
             else if constexpr (F == Form::two_of_four) p = picked24<V, T>(p, G, quads, acc);
             else if constexpr (F == Form::four_of_16) p = picked16<V, T, 4>(p, G, quads, acc);
             else p = picked16<V, T, 8>(p, G, quads, acc);
             for (int t = 0; t < T; ++t) {
-                if constexpr (F == Form::dense && V == Type::int4)
-                    acc[t] = subtract32(acc[t], set1_32(8 * in.total[t * in.groups + g]));
+                if constexpr (F == Form::dense && kExcess<V> > 0)
+                    acc[t] = subtract32(acc[t], set1_32(kExcess<V> * in.total[t * in.groups + g]));
                 const F8 factor = mul(scale, set1(in.scale[t * in.groups + g]));
                 sums[t] = fma(to_float(acc[t]), factor, sums[t]);
                 quads.q[t] += G;

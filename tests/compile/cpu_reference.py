@@ -15,7 +15,7 @@ from secateur.pattern import Pattern
 Array = np.ndarray[Any, Any]
 
 TYPES: list[cpu.Values] = ["fp32", "bf16", "fp16", "int8", "int4"]
-FEW = 16  # tokens up to which all layouts of int8 and int4 take int8 activations
+FEW = 8  # tokens up to which AVX-512 keeps what is left over apart
 
 
 @dataclass(frozen=True)
