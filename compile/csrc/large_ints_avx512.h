@@ -13,71 +13,93 @@ Steps steps(const View &) { return Steps::bytes; }
 
 // uint8, too large by 128.
 INLINE B32 raised(B32 x) { return _mm256_xor_si256(x, set1_byte(-128)); }
+INLINE __m512i raised(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
 template <Type V> INLINE B32 signed_quad(B32 bytes, int quad) {
     if constexpr (V == Type::int8) return bytes;
     else return add8(quad % 2 ? high_nibbles(bytes) : low_nibbles(bytes), set1_byte(-8));
 }
+template <Type V> INLINE __m512i signed_quad(__m512i bytes, int quad) {
+    if constexpr (V == Type::int8) return bytes;
+    if (quad % 2) bytes = _mm512_srli_epi16(bytes, 4);
+    return _mm512_sub_epi8(_mm512_and_si512(bytes, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+}
+
+// Two panels of eight rows, which are read side by side; those of the next unit lie `ahead`.
+struct Panels {
+    const std::uint8_t *low, *high;
+    Index ahead;
+
+    INLINE __m512i next() {
+        _mm_prefetch(reinterpret_cast<const char *>(low + ahead), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char *>(high + ahead), _MM_HINT_T1);
+        const __m512i bytes = _mm512_inserti64x4(_mm512_castsi256_si512(load(low)), load(high), 1);
+        low += 32;
+        high += 32;
+        return bytes;
+    }
+    INLINE void next_scales(float *to) {
+        store(to, load_half(reinterpret_cast<const std::uint16_t *>(low)));
+        store(to + 8, load_half(reinterpret_cast<const std::uint16_t *>(high)));
+        low += 16;
+        high += 16;
+    }
+    INLINE void skip(Index bytes) {
+        low += bytes;
+        high += bytes;
+    }
+};
 
 template <Type V, int G>
-void expand_dense(const std::uint8_t *p, Index first, Index groups, std::uint8_t *out, float *scales) {
-    p += first * (16 + (V == Type::int8 ? G * 8 : G * 4));
+void expand_dense(Panels p, Index first, Index groups, std::uint8_t *out, float *scales) {
+    p.skip(first * (16 + (V == Type::int8 ? G * 8 : G * 4)));
     for (Index g = 0; g < groups; ++g, scales += kTileRows) {
-        store(scales, load_half(reinterpret_cast<const std::uint16_t *>(p)));
-        p += 16;
-        B32 bytes = zero_bytes();
+        p.next_scales(scales);
+        __m512i bytes = _mm512_setzero_si512();
         for (int quad = 0; quad < G / 4; ++quad, out += 64) {
-            if (V == Type::int8 || quad % 2 == 0) {
-                bytes = load(p);
-                p += 32;
-            }
-            store(out, raised(signed_quad<V>(bytes, quad)));
+            if (V == Type::int8 || quad % 2 == 0) bytes = p.next();
+            _mm512_storeu_si512(out, raised(signed_quad<V>(bytes, quad)));
         }
     }
 }
 
 // For a byte shuffle: slot `slot` of each row's quad in all four bytes of the row.
-INLINE B32 slot_places(int slot) {
+INLINE __m512i slot_places(int slot) {
     const __m128i rows = _mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
-    return add8(_mm256_broadcastsi128_si256(rows), set1_byte(slot));
+    return _mm512_add_epi8(_mm512_broadcast_i32x4(rows), _mm512_set1_epi8(static_cast<char>(slot)));
 }
 
 // Of N:M: every quad of slots in its steps. A window is one step (2:4, two slots) or four (N:16).
 template <Type V, int G, int Keep>
-void expand_picked(const std::uint8_t *p, Index first, Index groups, std::uint8_t *out, float *scales) {
+void expand_picked(Panels p, Index first, Index groups, std::uint8_t *out, float *scales) {
     constexpr int kServed = Keep == 2 ? 4 : 2;  // quads of a vector of indices
     constexpr int kSlots = Keep == 2 ? G / 2 : G / 16 * Keep, kBlocks = kSlots / 4 / kServed;
     constexpr int kSteps = Keep == 2 ? 1 : 4;   // of a window
     constexpr int kPicked = Keep == 2 ? 2 : 4;  // slots of a quad that belong to one window
-    p += first * (16 + kBlocks * 32 + kSlots * (V == Type::int8 ? 8 : 4));
+    p.skip(first * (16 + kBlocks * 32 + kSlots * (V == Type::int8 ? 8 : 4)));
     for (Index g = 0; g < groups; ++g, scales += kTileRows) {
-        store(scales, load_half(reinterpret_cast<const std::uint16_t *>(p)));
-        p += 16;
-        B32 sums[kSteps], bytes = zero_bytes();
+        p.next_scales(scales);
+        __m512i sums[kSteps], bytes = _mm512_setzero_si512();
         for (int block = 0; block < kBlocks; ++block) {
-            B32 index = load(p);
-            p += 32;
+            __m512i index = p.next();
             for (int quad = 0; quad < kServed; ++quad) {
-                if (V == Type::int8 || quad % 2 == 0) {
-                    bytes = load(p);
-                    p += 32;
-                }
-                const B32 weights = signed_quad<V>(bytes, quad);
-                const B32 places = both(index, set1_byte(Keep == 2 ? 3 : 15));
-                index = shift_right32<Keep == 2 ? 2 : 4>(index);
-                for (int first = 0; first < 4; first += kPicked) {
+                if (V == Type::int8 || quad % 2 == 0) bytes = p.next();
+                const __m512i weights = signed_quad<V>(bytes, quad);
+                const __m512i places = _mm512_and_si512(index, _mm512_set1_epi8(Keep == 2 ? 3 : 15));
+                index = _mm512_srli_epi16(index, Keep == 2 ? 2 : 4);
+                for (int from = 0; from < 4; from += kPicked) {
                     if (Keep != 8 || quad % 2 == 0)
-                        for (int s = 0; s < kSteps; ++s) sums[s] = zero_bytes();
-                    for (int slot = first; slot < first + kPicked; ++slot) {
-                        const B32 weight = pick_bytes(weights, slot_places(slot));
-                        const B32 place = pick_bytes(places, slot_places(slot));
+                        for (int s = 0; s < kSteps; ++s) sums[s] = _mm512_setzero_si512();
+                    for (int slot = from; slot < from + kPicked; ++slot) {
+                        const __m512i weight = _mm512_shuffle_epi8(weights, slot_places(slot));
+                        const __m512i place = _mm512_shuffle_epi8(places, slot_places(slot));
                         for (int s = 0; s < kSteps; ++s) {
-                            const B32 own = _mm256_set1_epi32(0x03020100 + s * 0x04040404);
-                            const __mmask32 here = _mm256_cmpeq_epi8_mask(place, own);
-                            sums[s] = either(sums[s], _mm256_maskz_mov_epi8(here, weight));
+                            const __m512i own = _mm512_set1_epi32(0x03020100 + s * 0x04040404);
+                            const __mmask64 here = _mm512_cmpeq_epi8_mask(place, own);
+                            sums[s] = _mm512_or_si512(sums[s], _mm512_maskz_mov_epi8(here, weight));
                         }
                     }
                     if (Keep == 8 && quad % 2 == 0) continue;
-                    for (int s = 0; s < kSteps; ++s, out += 64) store(out, raised(sums[s]));
+                    for (int s = 0; s < kSteps; ++s, out += 64) _mm512_storeu_si512(out, raised(sums[s]));
                 }
             }
         }
@@ -174,26 +196,26 @@ void add_left_over(const View &m, Index panel, int lane, Index first, Index grou
 }
 
 void expand_ints(const View &m, Index unit, Index first, Index groups, std::uint8_t *out, float *scales) {
-    for (int lane = 0; lane < kTileRows; lane += m.height) {
-        const Index panel = std::min(unit * kTileRows / m.height + lane / m.height, m.panels - 1);
-        if (m.kind == Kind::vector) {
-            const auto blocks = m.type == Type::int8
-                ? (m.height == 16 ? expand_blocks<Type::int8, 16> : m.height == 8 ? expand_blocks<Type::int8, 8>
-                                                                                  : expand_blocks<Type::int8, 4>)
-                : (m.height == 16 ? expand_blocks<Type::int4, 16> : m.height == 8 ? expand_blocks<Type::int4, 8>
-                                                                                  : expand_blocks<Type::int4, 4>);
-            blocks(m, panel, lane, first, groups, out, scales);
-            continue;
-        }
-        const std::uint8_t *p = m.data + m.starts[panel];
-        with_known(m, [&](auto type, auto group, auto keep) {
-            if constexpr (keep.value == 0)
-                expand_dense<type.value, group.value>(p, first, groups, out + 4 * lane, scales + lane);
-            else
-                expand_picked<type.value, group.value, keep.value>(p, first, groups, out + 4 * lane, scales + lane);
-        });
-        if (m.rest_starts) add_left_over(m, panel, lane, first, groups, out, scales);
+    const Index panels = kTileRows / m.height;  // of a unit; the last may have fewer
+    const auto panel = [&](Index i) { return std::min(unit * panels + i, m.panels - 1); };
+    if (m.kind == Kind::vector) {
+        const auto blocks = m.type == Type::int8
+            ? (m.height == 16 ? expand_blocks<Type::int8, 16> : m.height == 8 ? expand_blocks<Type::int8, 8>
+                                                                              : expand_blocks<Type::int8, 4>)
+            : (m.height == 16 ? expand_blocks<Type::int4, 16> : m.height == 8 ? expand_blocks<Type::int4, 8>
+                                                                              : expand_blocks<Type::int4, 4>);
+        for (Index i = 0; i < panels; ++i)
+            blocks(m, panel(i), int(i) * m.height, first, groups, out, scales);
+        return;
     }
+    const Panels both{m.data + m.starts[panel(0)], m.data + m.starts[panel(1)],
+                      m.starts[panel(2)] - m.starts[panel(0)]};
+    with_known(m, [&](auto type, auto group, auto keep) {
+        if constexpr (keep.value == 0) expand_dense<type.value, group.value>(both, first, groups, out, scales);
+        else expand_picked<type.value, group.value, keep.value>(both, first, groups, out, scales);
+    });
+    for (Index i = 0; m.rest_starts && i < panels; ++i)
+        add_left_over(m, panel(i), int(i) * 8, first, groups, out, scales);
 }
 
 // Every int32 of the sum: plus four uint8 of the weights times the four int8 at x. The compiler would copy the

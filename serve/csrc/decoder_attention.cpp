@@ -125,6 +125,7 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
     const auto rows_of = [&](Index block) { return int(std::min(wide, rows - block * wide)); };
     for (Index p = 0; p < pages; ++p) {
         const Index page = table[first_page + p];
+        if (p + 1 < pages) cache_.fetch_keys(index, table[first_page + p + 1], unit.head);
         const float *keys = cache_.keys(index, page, unit.head, room);
         const float *scales = cache_.key_scales(index, page, unit.head);
         for (Index b = 0; b < blocks; ++b) {
@@ -151,6 +152,7 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
     for (Index p = 0; p < pages; ++p) {
         const Index page = table[first_page + p];
         const Index here = std::min(kPageTokens, end - (first_page + p) * kPageTokens);
+        if (p + 1 < pages) cache_.fetch_values(index, table[first_page + p + 1], unit.head);
         const float *values = cache_.values(index, page, unit.head, room);
         const float *scales = cache_.value_scales(index, page, unit.head);
         for (Index b = 0; b < blocks; ++b) {

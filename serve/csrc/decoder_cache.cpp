@@ -79,6 +79,18 @@ const float *Cache::values(Index layer, Index page, Index head, float *room) con
     return widened(at(layer, page, head) + key_bytes_, chunks_ * kPageTokens * kPageTokens, room);
 }
 
+void Cache::fetch(const std::uint8_t *stored, Index count) const {
+    for (Index i = 0; i < count * width_; i += 64) __builtin_prefetch(stored + i);
+}
+
+void Cache::fetch_keys(Index layer, Index page, Index head) const {
+    fetch(at(layer, page, head), head_dim_ * kPageTokens);
+}
+
+void Cache::fetch_values(Index layer, Index page, Index head) const {
+    fetch(at(layer, page, head) + key_bytes_, chunks_ * kPageTokens * kPageTokens);
+}
+
 const float *Cache::key_scales(Index layer, Index page, Index head) const {
     if (type_ != CacheType::int8) return nullptr;
     return reinterpret_cast<const float *>(at(layer, page, head) + scales_at_);

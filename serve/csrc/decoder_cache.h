@@ -33,6 +33,9 @@ class Cache {
     // A page as floats, in `room` or where it lies; int8 yet without the scales.
     const float *keys(Index layer, Index page, Index head, float *room) const;
     const float *values(Index layer, Index page, Index head, float *room) const;
+    // Bring what `keys` and `values` will read into the cache.
+    void fetch_keys(Index layer, Index page, Index head) const;
+    void fetch_values(Index layer, Index page, Index head) const;
     // int8: the scales [16] of a page; else null.
     const float *key_scales(Index layer, Index page, Index head) const;
     const float *value_scales(Index layer, Index page, Index head) const;
@@ -46,6 +49,7 @@ class Cache {
         const Index heads = starts_[l + 1] - starts_[l];
         return data_.get() + (starts_[l] * pages_ + page * heads + head) * page_bytes_;
     }
+    void fetch(const std::uint8_t *stored, Index count) const;
     const float *widened(const std::uint8_t *stored, Index count, float *room) const;
 
     CacheType type_;
