@@ -2,6 +2,7 @@
 // tokens runs over it.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "small_floats.h"
@@ -11,14 +12,21 @@ namespace isa::ISA {
 // Tokens of a tile: as many sums as registers hold beside what they are made of.
 constexpr int kTile = Widest::lanes == 16 ? 12 : 6;
 
+// How far behind what a panel holds lies that of the next kTileRows rows, which is read after it.
+INLINE Index ahead_of(const View &m, Index panel) {
+    return m.starts[std::min(panel + kTileRows / m.height, m.panels)] - m.starts[panel];
+}
+
 template <Type V>
 void expand_of(const View &m, Index panel, Index from, Index to, float *out) {
     constexpr Index S = kTileRows;
     const std::uint8_t *p = m.data + m.starts[panel];
+    const Index ahead = ahead_of(m, panel);
     if (m.kind == Kind::dense) {
         p += from / 2 * kChunk<V>;
         for (Index k = from; k < to; k += 2, p += kChunk<V>, out += 2 * S) {
             F8 first, second;
+            fetch(p + ahead);
             load_chunk<V>(p, first, second);
             store(out, first);
             store(out + S, second);
@@ -32,6 +40,7 @@ void expand_of(const View &m, Index panel, Index from, Index to, float *out) {
             p += 32;
             for (int w = 0; w < 8; ++w, p += kChunk<V>, out += 4 * S) {
                 F8 first, second;
+                fetch(p + ahead);
                 load_chunk<V>(p, first, second);
                 const B32 a = both(index, set1_32(3)), b = both(shift_right32<2>(index), set1_32(3));
                 for (int c = 0; c < 4; ++c)
@@ -51,6 +60,7 @@ void expand_of(const View &m, Index panel, Index from, Index to, float *out) {
             for (int c = 0; c < 16; ++c) store(out + c * S, zero());
             for (int pair = 0; pair < m.keep / 2; ++pair, p += kChunk<V>) {
                 F8 first, second;
+                fetch(p + ahead);
                 load_chunk<V>(p, first, second);
                 const B32 a = both(index, set1_32(15));
                 const B32 b = both(shift_right32<4>(index), set1_32(15));

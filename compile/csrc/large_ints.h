@@ -15,12 +15,14 @@ void expand_dense(const View &m, Index panel, int half, Index first, Index group
                   std::uint8_t *out, float *scales) {
     constexpr Index kBytes = V == Type::int8 ? G * 8 : G * 4;
     const std::uint8_t *p = m.data + m.starts[panel] + first * (16 + kBytes);
+    const Index ahead = ahead_of(m, panel);
     out += 32 * half;
     for (Index g = 0; g < groups; ++g, scales += kTileRows) {
         store(scales + 8 * half, load_half(reinterpret_cast<const std::uint16_t *>(p)));
         p += 16;
         for (const std::uint8_t *end = p + kBytes; p < end; p += 32, out += 128) {
             const B32 bytes = load(p);
+            fetch(p + ahead);
             store(out, V == Type::int8 ? low_pair16(bytes) : low_nibbles(bytes));
             store(out + 64, V == Type::int8 ? high_pair16(bytes) : high_nibbles(bytes));
         }
@@ -35,6 +37,7 @@ void expand_picked(const View &m, Index panel, int half, Index first, Index grou
     constexpr int kSlots = Keep == 2 ? G / 2 : G / 16 * Keep, kBlocks = kSlots / 4 / kServed;
     constexpr Index kBytes = kBlocks * 32 + kSlots * (V == Type::int8 ? 8 : 4);
     const std::uint8_t *p = m.data + m.starts[panel] + first * (16 + kBytes);
+    const Index ahead = ahead_of(m, panel);
     out += kSlots * 16 * half;
     for (Index g = 0; g < groups; ++g, scales += kTileRows, out += kSlots * 16) {
         store(scales + 8 * half, load_half(reinterpret_cast<const std::uint16_t *>(p)));
@@ -45,6 +48,7 @@ void expand_picked(const View &m, Index panel, int half, Index first, Index grou
             for (int quad = 0; quad < kServed; ++quad, out += 64) {
                 if (V == Type::int8 || quad % 2 == 0) {
                     bytes = load(p);
+                    fetch(p + ahead);
                     p += 32;
                 }
                 B32 weights = bytes, places = low_nibbles(index);

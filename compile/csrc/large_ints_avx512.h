@@ -30,8 +30,8 @@ struct Panels {
     Index ahead;
 
     INLINE __m512i next() {
-        _mm_prefetch(reinterpret_cast<const char *>(low + ahead), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char *>(high + ahead), _MM_HINT_T1);
+        fetch(low + ahead);
+        fetch(high + ahead);
         const __m512i bytes = _mm512_inserti64x4(_mm512_castsi256_si512(load(low)), load(high), 1);
         low += 32;
         high += 32;
@@ -209,7 +209,7 @@ void expand_ints(const View &m, Index unit, Index first, Index groups, std::uint
         return;
     }
     const Panels both{m.data + m.starts[panel(0)], m.data + m.starts[panel(1)],
-                      m.starts[panel(2)] - m.starts[panel(0)]};
+                      ahead_of(m, unit * panels)};
     with_known(m, [&](auto type, auto group, auto keep) {
         if constexpr (keep.value == 0) expand_dense<type.value, group.value>(both, first, groups, out, scales);
         else expand_picked<type.value, group.value, keep.value>(both, first, groups, out, scales);
