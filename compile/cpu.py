@@ -12,9 +12,9 @@ Values fp32, bf16 and fp16 are multiplied with fp32 activations and summed in fp
 become one of these (`secateur.compile.nearest.widen_fp8`), and so take its memory and its time.
 Values int8 and int4 take int8 activations (quantised on the fly, one scale for each token and group
 of at most 64 columns; an infinite or NaN activation makes every output of its token NaN that keeps
-a weight in its group), or fp32 activations if asked for; and with more than 16 tokens if the layout
-is one of blocks (with AVX-512: of few). Where only removed weights meet an infinite or NaN activation, the output may be
-either: some layouts multiply stored zeros.
+a weight in its group), or fp32 activations if asked for; and with many tokens if the layout is one
+of blocks (with AVX-512: of blocks that keep little). Where only removed weights meet an infinite or
+NaN activation, the output may be either: some layouts multiply stored zeros.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class CpuMatrix:
     def rounds_inputs(self, tokens: int) -> bool:
         """Whether a product with so many tokens rounds its activations to int8.
 
-        With ``activations`` int8 it does, but for some blocks of rows beyond 16 tokens: which ones,
-        depends on the instruction set.
+        With ``activations`` int8 it does, except blocks of rows with more than 16 tokens; with
+        AVX-512 these do, too, unless they keep so little that skipping the rest in fp32 is faster.
         """
         return self.activations == "int8" and bool(self._native.rounds_inputs(tokens))
 
@@ -343,7 +343,7 @@ def threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: ``avx2``, ``neon`` or ``plain``."""
+    """The instruction set in use: ``avx512``, ``avx2``, ``neon`` or ``plain``."""
     return str(_native().isa())
 
 

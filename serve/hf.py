@@ -45,7 +45,7 @@ class SecateurConfig(QuantizationConfigMixin):  # type: ignore[misc]
         content: the keys of `secateur.compile.packed.PackedConfig`.
         dequantize: load as plain dense linears; never written to a file.
         activations: what int8 and int4 values are multiplied with on a CPU: "int8" (the default,
-            with up to 16 tokens at once) or "fp32"; never written to a file.
+            see docs/kernels.md) or "fp32"; never written to a file.
     """
 
     def __init__(

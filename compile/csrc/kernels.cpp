@@ -28,7 +28,7 @@ template <typename T, int Dims>
 using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
 using Bytes = Array<const std::uint8_t, 1>;
 
-// The instruction sets that this CPU offers and that kernels are chosen by.
+// What this CPU offers that kernels, ours and others', are chosen by.
 std::vector<std::string> cpu_features() {
     std::vector<std::string> found;
 #if defined(__x86_64__) || defined(_M_X64)
@@ -38,6 +38,7 @@ std::vector<std::string> cpu_features() {
     if (__builtin_cpu_supports("bmi2")) found.push_back("bmi2");
     if (__builtin_cpu_supports("avx512f")) found.push_back("avx512f");
     if (__builtin_cpu_supports("avx512vnni")) found.push_back("avx512vnni");
+    if (__builtin_cpu_supports("avx512vbmi2")) found.push_back("avx512vbmi2");
     if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");
 #elif defined(__aarch64__)
     found.push_back("neon");

@@ -157,14 +157,15 @@ void expand_blocks(const View &m, Index panel, int lane, Index first, Index grou
             else store(scales + lane + 8 * h, own);
         }
         const std::uint64_t kept = word(g);
+        const int last = std::max(0, __builtin_popcountll(kept) - 1) / 4;  // no quad behind it is read
         std::uint64_t left = kept;
         for (int step = 0, slot = 0; step < m.group / 4; ++step, left >>= 4, out += 64) {
             const int nibble = int(left & 15), shift = slot % 4 * 8;
             const B32 places = _mm256_broadcastsi128_si256(
                 _mm_load_si128(reinterpret_cast<const __m128i *>(kNibbles.v[nibble])));
             for (int h = 0; h < kHalves; ++h) {
-                const B32 low = _mm256_srl_epi32(quad_at(slot / 4, h), _mm_cvtsi32_si128(shift));
-                const B32 high = _mm256_sll_epi32(quad_at(slot / 4 + 1, h), _mm_cvtsi32_si128(32 - shift));
+                const B32 low = _mm256_srl_epi32(quad_at(std::min(slot / 4, last), h), _mm_cvtsi32_si128(shift));
+                const B32 high = _mm256_sll_epi32(quad_at(std::min(slot / 4 + 1, last), h), _mm_cvtsi32_si128(32 - shift));
                 const B32 dense = raised(pick_bytes(either(low, high), places));
                 if (Height == 4)
                     _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm256_castsi256_si128(dense));

@@ -218,9 +218,10 @@ def _diagnosis() -> dict[str, str]:
             return f"not installed: {extra}"
 
     try:
-        from secateur.compile._kernels import cpu_features
+        from secateur.compile._kernels import cpu_features, isa
 
-        kernels = f"native module built; this CPU offers {', '.join(cpu_features()) or 'no SIMD'}"
+        offered = ", ".join(cpu_features()) or "no SIMD"
+        kernels = f"native module built, {isa()} in use; this CPU offers {offered}"
     except ImportError as fault:
         kernels = f"no native module ({fault}): install again with a C++17 compiler present"
     from secateur.compile import torch_ops
