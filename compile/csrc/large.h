@@ -88,12 +88,14 @@ INLINE Index each_float_slot(const View &m, Index panel, Index from, Index to, c
         if (w * 256 < from) before += counts[w];
         slots += counts[w];
     }
+    const Index ahead = ahead_of(m, panel);
     p += round_up(2 * windows + slots, 32) + before * Height / 16 * kChunk<V>;
     offset += before;
     for (Index w = from / 256; w < windows && w * 256 < to; ++w)
         for (const std::uint8_t *end = offset + counts[w]; offset < end;) {
             for (int row = 0; row < Height; row += 8, p += kChunk<V>) {
                 F8 first, second;
+                fetch(p + ahead);
                 load_chunk<V>(p, first, second);
                 emit(slot, w * 256 + offset[0], row, first);
                 emit(slot + 1, w * 256 + offset[1], Height == 4 ? 4 : row, Height == 4 ? first : second);
