@@ -247,6 +247,8 @@ void list_of(const View &m, Index panel, Index from, Index to, Index listed, flo
     for (Index k = from; k < to; k += 8) {
         std::uint64_t masks;  // of eight rows
         std::memcpy(&masks, bits + k, 8);
+        fetch(value + 2048);
+        fetch(value + 2112);
         std::uint64_t sizes = masks - (masks >> 1 & kOnes * 0x55);
         sizes = (sizes & kOnes * 0x33) + (sizes >> 2 & kOnes * 0x33);
         sizes = (sizes + (sizes >> 4)) & kOnes * 0x0f;
