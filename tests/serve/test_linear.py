@@ -96,9 +96,8 @@ def test_the_kernels_agree_with_the_dense_product(pattern: str, values: str) -> 
         limit = 1e-4
     assert module.weight is None
     assert rounded.matrix is not None
-    rounds_many = not rounded.matrix.layout.endswith("x1")
     for tokens in (*range(1, 41), 130):
-        rounds = values in LIMITS and (tokens <= 16 or rounds_many)
+        rounds = rounded.matrix.rounds_inputs(tokens)
         x = torch.randn(tokens, COLUMNS, dtype=module.dtype)
         found, wanted = module(x), product(module, x)
         assert found.dtype == x.dtype
