@@ -343,7 +343,7 @@ class KernelUse:
             on a dense copy.
         layout: of `CpuMatrix`; of a GPU the pattern, the values and the shape; "dense" of a copy.
         values: the value type that is multiplied with.
-        activations: fp32 or int8 (with few tokens); of a dense copy its type.
+        activations: of `CpuMatrix`; of a dense copy its type.
         nbytes: bytes of all layouts or copies together; the stored form comes on top.
         why: why the copy or the layout is dense, or None; of a GPU the plan.
     """
