@@ -9,7 +9,7 @@
 namespace {
 
 constexpr Index kDepth = 256;  // columns of a piece of floats
-constexpr Index kIntDepth = 1024;
+constexpr Index kIntDepth = 1024;  // of integers
 constexpr Index kUnits = 8;    // times kTileRows: the most rows of a piece
 constexpr Index kBatch = 240;  // tokens of a piece: of whole tiles
 constexpr Index kSkipped = 8;  // panels of 8 rows that run over single weights at once
@@ -133,8 +133,7 @@ struct SlotWork {
 
     Index blocks() const { return kTileRows / m.height; }  // of a unit
     Index group() const {
-        const Index bits = (m.starts[m.panels] - m.starts[0]) * 8, pieces = padded / kDepth;
-        const Index slots = bits / (m.panels * pieces * m.height * bits_of(m.type));  // of a piece
+        const Index slots = m.kept / (m.rows * (padded / kDepth));  // of a piece
         return std::min(kUnits, std::max<Index>(1, kDepth / std::max<Index>(1, slots)));
     }
     void take_room() {
@@ -310,8 +309,7 @@ bool has_rest(const Kernels &k, const Factor &f) {
 // much faster that all of them may be.
 bool rounds_inputs(const Kernels &k, const View &m) {
     if (!is_integer(m.type) || m.kind != Kind::vector) return is_integer(m.type);
-    const Index kept = (m.starts[m.panels] - m.starts[0]) * 8 / bits_of(m.type);
-    return k.steps(m) == Steps::bytes && kept * 64 > m.rows * m.padded * m.height;
+    return k.steps(m) == Steps::bytes && m.kept * 96 > m.rows * m.columns * m.height;
 }
 
 void multiply_large(const std::vector<Factor> &factors, const float *x, Index columns, Index tokens) {

@@ -59,6 +59,7 @@ struct View {
     Kind kind = Kind::dense;
     Type type = Type::fp32;
     Index rows = 0, columns = 0;
+    Index kept = 0;    // weights
     Index padded = 0;  // columns, rounded up to what the stream goes through
     int height = 8;    // H, rows of a panel
     int window = 0;    // nm: 4 or 16

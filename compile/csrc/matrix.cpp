@@ -55,6 +55,7 @@ Matrix::Matrix(const Kept &kept, const Shape &shape) {
     m.type = kept.type;
     m.rows = kept.rows;
     m.columns = kept.columns;
+    m.kept = kept.count;
     m.window = m.kind == Kind::nm ? shape.window : 0;
     m.keep = m.kind == Kind::nm ? shape.keep : 0;
     m.height = m.kind == Kind::vector ? kept.block : 8;

@@ -57,12 +57,7 @@ using Widest = Eight;
 // int32 i of the sum: plus a_j b_j of int8, none of which is -128, j = 4 i to 4 i + 3.
 INLINE B32 dot4(B32 sum, B32 a, B32 b) { return add32(sum, sum_pairs16(dot2(a, b), 1)); }
 
-// Those of the kCompressed bytes at p whose bits are set in the mask side by side at `to`, then
-// anything: kCompressed are written.
-constexpr int kCompressed = 8;
-INLINE void compress_bytes(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {
-    compress8(p, mask, to);
-}
+constexpr int kCompressed = 8;  // bytes that compress_bytes takes
 #endif
 
 }  // namespace isa::ISA

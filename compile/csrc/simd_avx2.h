@@ -132,12 +132,14 @@ INLINE void store_places(std::uint16_t *to, std::uint64_t mask, int first) {
     _mm_storeu_si128(reinterpret_cast<__m128i *>(to),
                      _mm_add_epi16(places, _mm_set1_epi16(static_cast<short>(first))));
 }
+#if SIMD_NUMBER(ISA) != SIMD_avx512  // which takes more at once
 // The eight bytes at p whose bits are set in the mask side by side at `to`, zeros behind them.
-INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {
+INLINE void compress_bytes(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
     const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(kKept.v[mask]));
     _mm_storel_epi64(reinterpret_cast<__m128i *>(to), _mm_shuffle_epi8(bytes, places));
 }
+#endif
 // Lane i: the next of the values at p if bit i of the mask is set, else +0.
 template <Type V> INLINE F8 expand_masked(const std::uint8_t *p, std::uint64_t mask) {
     if constexpr (V == Type::bf16) {

@@ -189,7 +189,7 @@ INLINE void store_places(std::uint16_t *to, std::uint64_t mask, int first) {
     vst1q_u16(to, vaddq_u16(places, vdupq_n_u16(static_cast<std::uint16_t>(first))));
 }
 // The eight bytes at p whose bits are set in the mask side by side at `to`, zeros behind them.
-INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {
+INLINE void compress_bytes(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {
     vst1_s8(to, vtbl1_s8(vld1_s8(p), vreinterpret_s8_u8(vld1_u8(kKept.v[mask]))));
 }
 // Lane i: the next of the values at p if bit i of the mask is set, else +0.

@@ -257,7 +257,7 @@ INLINE void store_places(std::uint16_t *to, std::uint64_t mask, int first) {
         if (mask >> i & 1) *to++ = std::uint16_t(first + i);
 }
 // Those of the eight bytes at p whose bits are set in the mask, side by side at `to`; it writes 8.
-INLINE void compress8(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {
+INLINE void compress_bytes(const std::int8_t *p, std::uint64_t mask, std::int8_t *to) {
     std::int8_t kept[8] = {};
     int n = 0;
     for (int i = 0; i < 8; ++i)

@@ -74,16 +74,25 @@ INLINE void dense_slots(const std::uint8_t *p, Index columns, const Rows<T> &in,
         sums[t] = add(add(acc[t][0], acc[t][1]), add(acc[t][2], acc[t][3]));
 }
 
+// Go from the begin of a block row to its chunks: what lies before them. Returns how many windows.
+INLINE Index open_block(const View &m, const std::uint16_t *&counts, const std::uint8_t *&offset,
+                        const std::uint8_t *&p) {
+    const Index windows = (m.columns + 255) / 256;
+    counts = reinterpret_cast<const std::uint16_t *>(p);
+    offset = p + 2 * windows;
+    Index slots = 0;
+    for (Index w = 0; w < windows; ++w) slots += counts[w];
+    p += round_up(2 * windows + slots, 32);
+    return windows;
+}
+
 // Kept columns of a block row: each slot has its own input.
 template <Type V, int T, int Height>
 INLINE void vector_slots(const View &m, const std::uint8_t *p, const Rows<T> &in, F8 *sums) {
     constexpr int kHalves = Height == 16 ? 2 : 1;
-    const Index windows = (m.columns + 255) / 256;
-    const auto *counts = reinterpret_cast<const std::uint16_t *>(p);
-    const std::uint8_t *offset = p + 2 * windows;
-    Index slots = 0;
-    for (Index w = 0; w < windows; ++w) slots += counts[w];
-    p += round_up(2 * windows + slots, 32);
+    const std::uint16_t *counts;
+    const std::uint8_t *offset;
+    const Index windows = open_block(m, counts, offset, p);
     F8 acc[T][kHalves][2];
     for (int t = 0; t < T; ++t)
         for (int h = 0; h < kHalves; ++h) acc[t][h][0] = acc[t][h][1] = zero();
@@ -134,12 +143,9 @@ template <Type V> INLINE void load_chunks(const std::uint8_t *p, __m512 &first, 
 // vector_slots of sixteen rows.
 template <Type V, int T>
 INLINE void sixteen_slots(const View &m, const std::uint8_t *p, const Rows<T> &in, float *y, Index stride) {
-    const Index windows = (m.columns + 255) / 256;
-    const auto *counts = reinterpret_cast<const std::uint16_t *>(p);
-    const std::uint8_t *offset = p + 2 * windows;
-    Index slots = 0;
-    for (Index w = 0; w < windows; ++w) slots += counts[w];
-    p += round_up(2 * windows + slots, 32);
+    const std::uint16_t *counts;
+    const std::uint8_t *offset;
+    const Index windows = open_block(m, counts, offset, p);
     __m512 acc[T][2];
     for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
     for (Index w = 0; w < windows; ++w)
@@ -255,13 +261,14 @@ void float_panels(const View &m, Index first, Index last, const Inputs &in, floa
             sixteen_slots<V, T>(m, p, rows, y + row, stride);
             continue;
         }
-#endif
+#else
         if (m.kind == Kind::vector && m.height == 16) {
             vector_slots<V, T, 16>(m, p, rows, sums);
             for (int t = 0; t < T; ++t)
                 for (int h = 0; h < 2; ++h) store(y + t * stride + row + 8 * h, sums[2 * t + h]);
             continue;
         }
+#endif
         if (m.kind == Kind::vector && m.height == 4) {
             vector_slots<V, T, 4>(m, p, rows, sums);
             for (int t = 0; t < T; ++t) write(y + t * stride + row, sums[t], 4);

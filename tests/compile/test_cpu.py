@@ -89,6 +89,24 @@ def test_activations_of_integers(pattern: str, value_type: Any, activations: Any
             assert error(matrix.matmul(x), weight, matrix, x) < 1e-6
 
 
+@pytest.mark.parametrize("value_type", ["int8", "int4"])
+def test_which_products_round_their_inputs(value_type: cpu.Values) -> None:
+    """All with few tokens; with many, blocks only with AVX-512, unless they keep little."""
+    rng = np.random.default_rng(12)
+    blocks = {"90%@4x1": True, "85%@8x1": True, "95%@8x1": False}
+    blocks |= {"80%@16x1": True, "90%@16x1": False}
+    for pattern, whole in {"dense": True, "2:4": True, "4:16": True, "90%": True, **blocks}.items():
+        weight = make_weight(rng, (64, 512), pattern, value_type)
+        matrix, exact = weight.pack(), weight.pack(activations="fp32")
+        many = not matrix.layout.endswith("x1")
+        for name in cpu.isas():
+            cpu.use_isa(name)
+            for tokens in (1, 3, 16, 17, 128):
+                rounds = tokens <= 16 or many or (name == "avx512" and whole)
+                assert matrix.rounds_inputs(tokens) == rounds, (pattern, name, tokens)
+                assert not exact.rounds_inputs(tokens)
+
+
 ASKED = [(layout, name) for layout in ("dense", "4:16+rest") for name in TYPES]
 ASKED += [("bitmask", "fp32"), ("bitmask", "bf16"), ("bitmask", "fp16")]
 
