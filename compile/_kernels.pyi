@@ -12,6 +12,8 @@ class Matrix:
     rows: int
     columns: int
     nbytes: int
+    facts: dict[str, Any]
+    streams: dict[str, Any]
     def clone(self) -> Matrix: ...
     def decode(self) -> Any: ...
     def multiply(self, x: Any, out: Any, bias: Any | None, act8: bool) -> None: ...
@@ -32,6 +34,28 @@ def pack(
     keep: int,
     rest: bool,
 ) -> Matrix: ...
+def map(
+    *,
+    rows: int,
+    columns: int,
+    type: str,
+    count: int,
+    block: int,
+    group: int,
+    kind: str,
+    window: int,
+    keep: int,
+    rest: bool,
+    data: Any,
+    starts: Any,
+    rest_data: Any | None = None,
+    rest_starts: Any | None = None,
+) -> Matrix:
+    """A matrix on streams in memory, 64 bytes behind each; their content is trusted."""
+
+def checksum(data: Any) -> int:
+    """A number that changes when the bytes do; of whole words of 64 bits."""
+
 def compress_groups(
     *, rule: Any, width: int, weight: Any, bits: Any | None, values: Any, nibbles: Any
 ) -> int:

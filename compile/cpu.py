@@ -140,6 +140,17 @@ class CpuMatrix:
         native = self._native.clone()
         return CpuMatrix(native, self.layout, self.value_type, self.activations, self.why)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `mapped` needs beside the streams; fit for JSON."""
+        own = {"layout": self.layout, "activations": self.activations, "why": self.why}
+        return {**own, "native": self._native.facts}
+
+    @property
+    def streams(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The memory of the layout: ``data`` uint8, ``starts`` int64; ``rest_data``, too."""
+        return dict(self._native.streams)
+
     def __repr__(self) -> str:
         return (
             f"CpuMatrix({self.rows}x{self.columns}, {self.layout}, {self.value_type}, "
@@ -239,6 +250,27 @@ def pack(
             "write the model again with `secateur compile`",
         ) from fault
     return CpuMatrix(packed, chosen.name, value_type, activations, why)
+
+
+def mapped(facts: dict[str, Any], streams: dict[str, np.ndarray[Any, Any]]) -> CpuMatrix:
+    """A matrix on memory that holds its streams already, and is held by it.
+
+    Args:
+        facts: `CpuMatrix.facts` of an equal one.
+        streams: its `CpuMatrix.streams`; uint8 ones begin at a multiple of 64 and have 64 bytes
+            more. Their content is trusted.
+
+    Raises:
+        ValueError: the lengths are not those of the layout.
+    """
+    native = _native().map(**facts["native"], **streams)
+    kind = facts["native"]["type"]
+    return CpuMatrix(native, facts["layout"], kind, facts["activations"], facts["why"])
+
+
+def checksum(data: np.ndarray[Any, Any]) -> int:
+    """A number that changes when bytes do, as fast as memory gives them; uint8 [8 * n], aligned."""
+    return int(_native().checksum(data))
 
 
 def _choose(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from secateur.calibration import (
     calibration_inputs,
+    conversation_start,
     draw_windows,
     read_text,
     self_generated,
@@ -107,23 +109,71 @@ def test_token_ids_hold_no_special_tokens(tiny: Path) -> None:
 def test_self_generated_text_follows_the_model(tiny: Path) -> None:
     """Each token is drawn from the model's own distribution over what came before."""
     model = load_causal_lm(tiny)
+    starts = [[0], [5, 7, 9]]
     done: list[tuple[int, int]] = []
     tokens = self_generated(
-        model, 0, samples=3, length=20, seed=1, tick=lambda *at: done.append(at)
+        model, starts, samples=5, length=20, seed=1, tick=lambda *at: done.append(at)
     )
-    assert tokens.shape == (3, 20)
-    assert (tokens[:, 0] == 0).all()
-    assert done[-1] == (60, 60)
-    again = self_generated(model, 0, samples=3, length=20, seed=1)
+    assert tokens.shape == (5, 20)
+    assert done == sorted(done)
+    assert done[-1] == (100, 100)
+    again = self_generated(model, starts, samples=5, length=20, seed=1)
     assert torch.equal(tokens, again)
-    assert not torch.equal(tokens, self_generated(model, 0, samples=3, length=20, seed=2))
+    assert not torch.equal(tokens, self_generated(model, starts, samples=5, length=20, seed=2))
     # Replay the draw without a cache, from whole prefixes.
     generator = torch.Generator().manual_seed(1)
-    for position in range(1, 20):
-        with torch.no_grad():
-            logits = model(tokens[:, :position]).logits[:, -1]
-        drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
-        assert torch.equal(drawn, tokens[:, position])
+    for own, start in zip(tokens.split([3, 2]), starts, strict=True):
+        assert (own[:, : len(start)] == torch.tensor(start)).all()
+        for position in range(len(start), 20):
+            with torch.no_grad():
+                logits = model(own[:, :position]).logits[:, -1]
+            drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+            assert torch.equal(drawn, own[:, position])
+
+
+def streamed(path: Path) -> StreamedModel:
+    return StreamedModel(Checkpoint(path), torch.device("cpu"), None)
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [
+        (TEMPLATE, "<user>"),
+        ("<system>be kind<end>" + TEMPLATE, "<system>be kind<end><user>"),
+        (None, ""),
+        ("{{ raise_exception('a system message comes first') }}", ""),
+        ("{{ messages | length }}", ""),
+    ],
+)
+def test_half_of_a_chat_models_own_text_is_conversations(
+    tiny: Path, tmp_path: Path, template: str | None, start: str
+) -> None:
+    path = tmp_path / "chat"
+    shutil.copytree(tiny, path)
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(str(path))
+    ids = token_ids(tokenizer, start).tolist()
+    assert conversation_start(path) == ids
+    calibration = Calibration(samples=5, length=4 * len(ids) + 8)
+    own = calibration_inputs(streamed(path), calibration)["input_ids"]
+    rows = [row[: len(ids)].tolist() == ids for row in own]
+    assert rows == ([True] * 5 if not ids else [False] * 3 + [True] * 2)
+    if ids:  # no room for an answer
+        short = Calibration(samples=4, length=2 * len(ids) - 1)
+        own = calibration_inputs(streamed(path), short)["input_ids"]
+        assert (own[:, 0] == own[0, 0]).all()
+
+
+def test_a_model_without_a_tokenizer_writes_its_own_text(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bare"
+    shutil.copytree(tiny, path, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert conversation_start(path) == []
+    inputs = calibration_inputs(streamed(path), Calibration(samples=2, length=8))
+    assert inputs["input_ids"].shape == (2, 8)
 
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]

@@ -47,32 +47,37 @@ std::vector<std::string> cpu_features() {
 }
 
 template <typename T>
-T named(const std::string &name, std::initializer_list<std::pair<const char *, T>> known) {
+T named(const std::string &name, const std::initializer_list<std::pair<const char *, T>> &known) {
     for (const auto &[text, value] : known)
         if (name == text) return value;
     throw std::invalid_argument("unknown name: " + name);
 }
 
-Type type_of(const std::string &name) {
-    return named<Type>(name, {{"fp32", Type::fp32}, {"bf16", Type::bf16}, {"fp16", Type::fp16},
-                              {"int8", Type::int8}, {"int4", Type::int4}});
+const std::initializer_list<std::pair<const char *, Kind>> kKinds{
+    {"dense", Kind::dense}, {"nm", Kind::nm}, {"vector", Kind::vector}, {"bitmask", Kind::bitmask}};
+const std::initializer_list<std::pair<const char *, Type>> kTypes{
+    {"fp32", Type::fp32}, {"bf16", Type::bf16}, {"fp16", Type::fp16}, {"int8", Type::int8}, {"int4", Type::int4}};
+
+Kept kept_of(Index rows, Index columns, const std::string &type, Index count, int block, int group) {
+    Kept kept;
+    kept.rows = rows;
+    kept.columns = columns;
+    kept.block = block;
+    kept.type = named(type, kTypes);
+    kept.count = count;
+    kept.group = group;
+    if (rows < 1 || columns < 1 || rows > (Index(1) << 31) || columns > (Index(1) << 31) ||
+        rows > (Index(1) << 48) / columns || count < 0 || count > rows * columns || block < 1 || rows % block)
+        throw std::invalid_argument("impossible shape");
+    return kept;
 }
 
 Matrix pack(Index rows, Index columns, const std::string &type, const Bytes &values, Index count,
             const std::optional<Bytes> &bits, int block,
             const std::optional<Array<const std::uint16_t, 2>> &scales, int group,
             const std::string &kind, int window, int keep, bool rest) {
-    Kept kept;
-    kept.rows = rows;
-    kept.columns = columns;
-    kept.block = block;
-    kept.type = type_of(type);
+    Kept kept = kept_of(rows, columns, type, count, block, group);
     kept.values = values.data();
-    kept.count = count;
-    kept.group = group;
-    if (rows < 1 || columns < 1 || rows > (Index(1) << 31) || columns > (Index(1) << 31) ||
-        rows > (Index(1) << 48) / columns || count < 0 || count > rows * columns || block < 1 || rows % block)
-        throw std::invalid_argument("impossible shape");
     if (Index(values.size()) != (count * bits_of(kept.type) + 7) / 8)
         throw std::invalid_argument(std::to_string(values.size()) + " bytes of values, not " +
                                     std::to_string((count * bits_of(kept.type) + 7) / 8));
@@ -87,15 +92,67 @@ Matrix pack(Index rows, Index columns, const std::string &type, const Bytes &val
             throw std::invalid_argument("scales of another shape than [rows, groups]");
         kept.scales = scales->data();
     }
-    Shape shape;
-    shape.kind = named<Kind>(kind, {{"dense", Kind::dense}, {"nm", Kind::nm},
-                                    {"vector", Kind::vector}, {"bitmask", Kind::bitmask}});
+    const Shape shape{named(kind, kKinds), window, keep, rest};
     if (!kept.bits && shape.kind != Kind::dense) throw std::invalid_argument("a sparse layout needs a mask");
-    shape.window = window;
-    shape.keep = keep;
-    shape.rest = rest;
     const nb::gil_scoped_release release;
     return Matrix(kept, shape);
+}
+
+// What `map` takes to make the same matrix again, but for the streams.
+nb::dict facts_of(const Matrix &matrix) {
+    const View &m = matrix.view();
+    const auto name_of = [](auto value, const auto &known) {
+        for (const auto &[text, one] : known)
+            if (one == value) return text;
+        throw std::logic_error("a value without a name");
+    };
+    nb::dict facts;
+    facts["rows"] = m.rows;
+    facts["columns"] = m.columns;
+    facts["type"] = name_of(m.type, kTypes);
+    facts["count"] = m.kept;
+    facts["block"] = m.kind == Kind::vector ? m.height : 1;
+    facts["group"] = m.group;
+    facts["kind"] = name_of(m.kind, kKinds);
+    facts["window"] = m.window;
+    facts["keep"] = m.keep;
+    facts["rest"] = m.rest_starts != nullptr;
+    return facts;
+}
+
+template <typename T> nb::object part_of(nb::handle owner, const T *data, Index count) {
+    return nb::cast(nb::ndarray<nb::numpy, const T, nb::ndim<1>>(data, {std::size_t(count)}, owner));
+}
+
+// The streams of a matrix and where its panels begin, as they lie in its memory.
+nb::dict streams_of(nb::handle self) {
+    const View &m = nb::cast<const Matrix &>(self).view();
+    nb::dict streams;
+    streams["data"] = part_of(self, m.data, m.starts[m.panels]);
+    streams["starts"] = part_of(self, m.starts, m.panels + 1);
+    if (!m.rest_starts) return streams;
+    streams["rest_data"] = part_of(self, m.rest, m.rest_starts[m.panels] * 32);
+    streams["rest_starts"] = part_of(self, m.rest_starts, m.panels + 1);
+    return streams;
+}
+
+using Starts = Array<const Index, 1>;
+
+Matrix map(Index rows, Index columns, const std::string &type, Index count, int block, int group,
+           const std::string &kind, int window, int keep, bool rest, const Bytes &data,
+           const Starts &starts, const std::optional<Bytes> &rest_data,
+           const std::optional<Starts> &rest_starts) {
+    Laid laid;
+    laid.data = data.data();
+    laid.bytes = Index(data.size());
+    laid.starts.assign(starts.data(), starts.data() + starts.size());
+    if (rest_data) {
+        laid.rest = rest_data->data();
+        laid.rest_bytes = Index(rest_data->size());
+    }
+    if (rest_starts) laid.rest_starts.assign(rest_starts->data(), rest_starts->data() + rest_starts->size());
+    return Matrix(kept_of(rows, columns, type, count, block, group), {named(kind, kKinds), window, keep, rest},
+                  std::move(laid));
 }
 
 using Input = Array<const float, 2>;
@@ -190,6 +247,19 @@ Index expand_weight(const Bytes &rule, int width, const Rows &values, const Rows
     return expand_groups(g, values.data(), nibbles.data(), weight.data());
 }
 
+std::uint64_t checksum_of(const Bytes &data) {
+    if (data.size() % 8 || reinterpret_cast<std::uintptr_t>(data.data()) % 8)
+        throw std::invalid_argument("no whole words");
+    const nb::gil_scoped_release release;
+    const Index words = Index(data.size()) / 8, piece = 1 << 15;
+    const auto *first = reinterpret_cast<const std::uint64_t *>(data.data());
+    std::atomic<std::uint64_t> total{0};
+    over_panels((words + piece - 1) / piece, 4, [&](Index from, Index to) {
+        total += kernels().checksum(first + from * piece, std::min(words, to * piece) - from * piece);
+    });
+    return total;
+}
+
 // GB/s of reading a buffer from all threads, once per round.
 std::vector<double> read_bandwidth(Index bytes, int rounds) {
     if (bytes < 4096 || rounds < 1) throw std::invalid_argument("read at least 4096 bytes, once");
@@ -224,12 +294,20 @@ NB_MODULE(_kernels, m) {
         .def("clone", [](const Matrix &a) { return Matrix(a); })
         .def("rounds_inputs", [](const Matrix &a, Index tokens) { return rounds_inputs(a.view(), tokens); },
              nb::arg("tokens"), "Whether a product with so many tokens rounds its inputs to int8, if it may.")
+        .def_prop_ro("facts", &facts_of, "What `map` needs beside the streams.")
+        .def_prop_ro("streams", &streams_of, "The streams as arrays: data, starts, rest_data, rest_starts.")
         .def("decode", &decode, "The dense weight, float32 [rows, columns].")
         .def("multiply", &multiply_one, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
              nb::arg("bias").none().noconvert(), nb::arg("act8"));
     m.def("pack", &pack, nb::arg("rows"), nb::arg("columns"), nb::arg("type"), nb::arg("values"),
           nb::arg("count"), nb::arg("bits").none(), nb::arg("block"), nb::arg("scales").none(),
           nb::arg("group"), nb::arg("kind"), nb::arg("window"), nb::arg("keep"), nb::arg("rest"));
+    m.def("map", &map, nb::arg("rows"), nb::arg("columns"), nb::arg("type"), nb::arg("count"), nb::arg("block"),
+          nb::arg("group"), nb::arg("kind"), nb::arg("window"), nb::arg("keep"), nb::arg("rest"), nb::arg("data"),
+          nb::arg("starts"), nb::arg("rest_data") = nb::none(), nb::arg("rest_starts") = nb::none(),
+          nb::keep_alive<0, 11>(), nb::keep_alive<0, 13>(),
+          "A matrix on streams that lie in memory already, 64 bytes behind each; their content is trusted.");
+    m.def("checksum", &checksum_of, nb::arg("data"), "A number that changes when the bytes do; of whole words of 64 bits.");
     m.def("multiply_all", &multiply_all, nb::arg("matrices"), nb::arg("x").noconvert(),
           nb::arg("outs").noconvert(), nb::arg("biases").noconvert(), nb::arg("act8"));
     m.def("set_threads", &set_threads, nb::arg("count"), nb::arg("pin"));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "places.h"
 #include "pool.h"
@@ -48,7 +49,8 @@ Index left_over_of(const View &m, const std::uint8_t *bits, Index bytes) {
 
 }  // namespace
 
-Matrix::Matrix(const Kept &kept, const Shape &shape) {
+// What of the view follows from shape and type.
+void Matrix::describe(const Kept &kept, const Shape &shape) {
     if (kept.rows < 1 || kept.columns < 1) throw std::invalid_argument("the matrix is empty");
     View &m = view_;
     m.kind = shape.kind;
@@ -63,7 +65,6 @@ Matrix::Matrix(const Kept &kept, const Shape &shape) {
         if (kept.group != 32 && kept.group != 64 && kept.group != 128)
             throw std::invalid_argument("groups of " + std::to_string(kept.group) +
                                         " columns; 32, 64 or 128 are possible");
-        if (!kept.scales) throw std::invalid_argument("integers without scales");
         if (m.kind == Kind::bitmask) throw std::invalid_argument("no bitmask layout of integers");
         m.group = std::min(kept.group, 64);
         m.padded = round_up(m.columns, m.group);
@@ -77,6 +78,13 @@ Matrix::Matrix(const Kept &kept, const Shape &shape) {
     if (m.kind == Kind::nm &&
         !((m.window == 4 && m.keep == 2) || (m.window == 16 && (m.keep == 4 || m.keep == 8))))
         throw std::invalid_argument("no layout for this N:M");
+    if (shape.rest && m.columns > 65536) throw std::invalid_argument("more than 65536 columns");
+    m.panels = (m.rows + m.height - 1) / m.height;
+}
+
+Matrix::Matrix(const Kept &kept, const Shape &shape) {
+    describe(kept, shape);
+    if (is_integer(kept.type) && !kept.scales) throw std::invalid_argument("integers without scales");
     measure(kept, shape.rest);
     refuse_extremes(kept);
     over_panels(view_.panels, 8, [&](Index from, Index to) {
@@ -92,12 +100,34 @@ Matrix::Matrix(const Matrix &other)
       starts_(other.starts_), rest_starts_(other.rest_starts_) {
     std::memcpy(data_.data(), other.data_.data(), std::size_t(data_.size()));
     if (rest_.size()) std::memcpy(rest_.data(), other.rest_.data(), std::size_t(rest_.size()));
+    point();
+}
+
+Matrix::Matrix(const Kept &kept, const Shape &shape, Laid laid) {
+    describe(kept, shape);
+    const auto check = [&](const std::vector<Index> &starts, const std::uint8_t *data, Index step, Index bytes) {
+        const bool fits = Index(starts.size()) == view_.panels + 1 && starts[0] == 0 &&
+                          std::is_sorted(starts.begin(), starts.end()) && starts.back() <= (bytes - kSlack) / step;
+        if (!fits || reinterpret_cast<std::uintptr_t>(data) % 64)
+            throw std::invalid_argument("streams of other lengths than the layout's");
+    };
+    check(laid.starts, laid.data, 1, laid.bytes);
+    if (shape.rest) check(laid.rest_starts, laid.rest, 32, laid.rest_bytes);
+    starts_ = std::move(laid.starts);
+    data_ = Buffer::borrowed(laid.data, starts_.back());
+    if (shape.rest) {
+        rest_starts_ = std::move(laid.rest_starts);
+        rest_ = Buffer::borrowed(laid.rest, rest_starts_.back() * 32);
+    }
+    point();
+}
+
+void Matrix::point() {
     view_.data = data_.data();
     view_.starts = starts_.data();
-    if (view_.rest_starts) {
-        view_.rest = rest_.data();
-        view_.rest_starts = rest_starts_.data();
-    }
+    if (rest_starts_.empty()) return;
+    view_.rest = rest_.data();
+    view_.rest_starts = rest_starts_.data();
 }
 
 Index Matrix::bytes() const {
@@ -130,7 +160,6 @@ void Matrix::measure(const Kept &kept, bool rest) {
     if (first_.back() != kept.count)
         throw std::invalid_argument(std::to_string(kept.count) + " values for " +
                                     std::to_string(first_.back()) + " kept weights");
-    m.panels = (m.rows + m.height - 1) / m.height;
     starts_.assign(std::size_t(m.panels) + 1, 0);
     if (rest) rest_starts_.assign(std::size_t(m.panels) + 1, 0);
     over_panels(m.panels, 64, [&](Index from, Index to) {
@@ -177,12 +206,6 @@ void Matrix::measure(const Kept &kept, bool rest) {
         if (rest) rest_starts_[i] += rest_starts_[i - 1];
     }
     data_ = Buffer::lasting(starts_.back());
-    m.data = data_.data();
-    m.starts = starts_.data();
-    if (rest) {
-        if (m.columns > 65536) throw std::invalid_argument("more than 65536 columns");
-        rest_ = Buffer::lasting(rest_starts_.back() * 32);
-        m.rest = rest_.data();
-        m.rest_starts = rest_starts_.data();
-    }
+    if (rest) rest_ = Buffer::lasting(rest_starts_.back() * 32);
+    point();
 }

@@ -25,10 +25,21 @@ struct Shape {
     bool rest = false;         // nm: what a window holds beyond `keep` is left over
 };
 
+// A packed matrix in memory that somebody else keeps, as `Matrix::view` and `Matrix::bytes` of an
+// equal one told: its streams with kSlack bytes behind each.
+struct Laid {
+    const std::uint8_t *data = nullptr, *rest = nullptr;
+    Index bytes = 0, rest_bytes = 0;
+    std::vector<Index> starts, rest_starts;
+};
+
 class Matrix {
   public:
     // Throws std::invalid_argument if the parts contradict each other, or do not fit the shape.
     Matrix(const Kept &kept, const Shape &shape);
+    // Of `kept` only what the layout is of counts, not its values. Throws if the streams are not as
+    // long as they say; what is in them is trusted.
+    Matrix(const Kept &kept, const Shape &shape, Laid laid);
     Matrix(const Matrix &other);
     Matrix(Matrix &&other) = default;  // what the view points to stays where it is
 
@@ -38,7 +49,9 @@ class Matrix {
     void decode(Index panel, Index from, Index to, float *out) const;
 
   private:
+    void describe(const Kept &kept, const Shape &shape);
     void measure(const Kept &kept, bool rest);
+    void point();
     void fill(const Kept &kept, Index panel);
 
     View view_;

@@ -30,12 +30,12 @@ struct Slab {
 
 }  // namespace
 
-Buffer::Buffer(Index size) : size_(size), data_(allocate(size + kLine, kPage)) {}
+Buffer::Buffer(Index size) : size_(size), data_(allocate(size + kSlack, kPage)) {}
 
 Buffer Buffer::lasting(Index size) {
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)  // which sees no border inside a slab
     static Slab slab;
-    const Index need = round_up(size + kLine, kLine);
+    const Index need = round_up(size + kSlack, kLine);
     const bool own = need > kSlab / 2;
     const std::lock_guard<std::mutex> hold(slab.filling);
     std::shared_ptr<std::uint8_t> memory = own ? nullptr : slab.memory.lock();
@@ -62,4 +62,11 @@ Buffer Buffer::lasting(Index size) {
 #else
     return Buffer(size);
 #endif
+}
+
+Buffer Buffer::borrowed(const std::uint8_t *data, Index size) {
+    Buffer buffer;
+    buffer.size_ = size;
+    buffer.data_ = {std::shared_ptr<void>(), const_cast<std::uint8_t *>(data)};
+    return buffer;
 }

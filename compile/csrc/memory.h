@@ -5,6 +5,8 @@
 
 #include "layout.h"
 
+constexpr Index kSlack = 64;  // behind every buffer
+
 class Buffer {
   public:
     Buffer() = default;
@@ -12,6 +14,8 @@ class Buffer {
     // For what is made once and read for long: buffers share huge pages, where the system has them,
     // so that a product that goes from one to the next does not wait for page tables.
     static Buffer lasting(Index size);
+    // Of `size` bytes that somebody else keeps, and kSlack behind them.
+    static Buffer borrowed(const std::uint8_t *data, Index size);
 
     std::uint8_t *data() const { return data_.get(); }
     Index size() const { return size_; }

@@ -28,6 +28,7 @@ class NativeOptions:
         max_waiting: requests that may wait; more are refused.
         token_budget: tokens of prompts read per step.
         deadline: seconds that a request may take, waiting included.
+        cache_weights: keep the packed weights in a file that processes share.
     """
 
     kv_cache_type: str | None = None
@@ -39,6 +40,7 @@ class NativeOptions:
     max_waiting: int | None = None
     token_budget: int | None = None
     deadline: float | None = None
+    cache_weights: bool | None = None
 
     def given(self) -> dict[str, Any]:
         """The settings that were made."""
@@ -51,6 +53,7 @@ _OF_THE_MODEL = {
     "values": "values",
     "head_values": "head",
     "max_length": "max_length",
+    "cache_weights": "cache_weights",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from secateur.compile import cpu
 from secateur.errors import UsageError
 from secateur.serve.native.config import Architecture, read_architecture
 from secateur.serve.native.step import Batch, Floats
+from secateur.serve.native.weight_cache import WeightCache
 from secateur.serve.native.weights import Activations, Weights
 
 KvType = Literal["fp32", "fp16", "int8"]
@@ -35,10 +37,16 @@ class NativeModel:
     page_tokens = PAGE_TOKENS
 
     def __init__(
-        self, decoder: Any, weights: Weights, architecture: Architecture, pages: int, kv_type: str
+        self,
+        decoder: Any,
+        weights: Weights,
+        architecture: Architecture,
+        pages: int,
+        kv_type: str,
+        mapped: Path | None,
     ) -> None:
         self._decoder = decoder
-        self._architecture, self._kv_type = architecture, kv_type
+        self._architecture, self._kv_type, self._mapped = architecture, kv_type, mapped
         self.vocabulary_size = architecture.vocabulary
         self.eos_token_ids = architecture.eos_token_ids
         self.max_length = int(decoder.max_length)
@@ -60,6 +68,7 @@ class NativeModel:
         kv_type: KvType = "fp16",
         kv_bytes: int | None = None,
         max_length: int | None = None,
+        cache_weights: bool = False,
     ) -> NativeModel:
         """Read a dense, pruned or packed model directory.
 
@@ -75,11 +84,14 @@ class NativeModel:
                 take if that is less.
             max_length: tokens that a sequence may have; None: what the model was made for, if the
                 cache holds as many.
+            cache_weights: map the packed weights from a file, which processes share, and write
+                it first if need be; see `secateur.serve.native.weight_cache`.
 
         Raises:
             ModelError: the directory is damaged, or `secateur.serve.native.config.obstacle` says
                 why the engine cannot run the model.
             UsageError: an option does not fit the model, or is too small.
+            EnvironmentFault: the cache of weights cannot be written, or others can write to it.
         """
         architecture = read_architecture(directory)
         length = _length(architecture, max_length)
@@ -87,9 +99,23 @@ class NativeModel:
         length = min(length, pages * PAGE_TOKENS)
         if threads is not None:
             cpu.set_threads(threads)
-        weights = Weights(directory, values, head, activations)
-        decoder = _build(architecture, weights, kv_type, pages, length)
-        return cls(decoder, weights, architecture, pages, kv_type)
+
+        def build(
+            ready: Mapping[str, cpu.CpuMatrix] | None = None, mapped: Path | None = None
+        ) -> NativeModel:
+            weights = Weights(directory, values, head, activations, ready)
+            decoder = _build(architecture, weights, kv_type, pages, length)
+            return cls(decoder, weights, architecture, pages, kv_type, mapped)
+
+        if not cache_weights:
+            return build()
+        settings = {"values": values, "head": head, "activations": activations}
+        cache = WeightCache(Path(directory), settings)
+        ready = cache.read()
+        if not ready:
+            cache.write(build().matrices)
+            ready = cache.read()
+        return build(ready, cache.path)
 
     @property
     def nbytes(self) -> int:
@@ -101,14 +127,15 @@ class NativeModel:
         """Facts for the log."""
         model = self._architecture
         uses = "; ".join(map(str, self.report))
+        mapped = f", mapped from {self._mapped}" if self._mapped else ""
         shortened = (
             f" (of {model.max_length}: the cache holds no more)"
             if self.max_length == self.pages * PAGE_TOKENS < model.max_length
             else ""
         )
         return (
-            f"{model.model_type}, {len(model.sizes)} layers; {uses}; KV cache {self._kv_type}, "
-            f"{self.pages} pages of {PAGE_TOKENS} tokens, {self.kv_bytes / 1e6:.0f} MB; up to "
+            f"{model.model_type}, {len(model.sizes)} layers; {uses}{mapped}; "
+            f"KV cache {self._kv_type}, {self.pages} pages of {PAGE_TOKENS} tokens, {self.kv_bytes / 1e6:.0f} MB; up to "
             f"{self.max_length} tokens{shortened}; {cpu.isa()}, "
             f"{cpu.threads()} thread{'s' if cpu.threads() > 1 else ''}"
         )

@@ -11,6 +11,7 @@ fp16 numbers become these, which changes none of them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,6 +77,7 @@ class Weights:
         values: type of dense and pruned linears; None: as stored.
         head: type of the head; "auto": int8 if the linears are int8 or int4, else as stored.
         activations: what int8 and int4 values are multiplied with; None: int8.
+        ready: matrices that were packed before, by module name.
 
     Attributes:
         checkpoint: its files.
@@ -92,9 +94,11 @@ class Weights:
         values: cpu.Values | None = None,
         head: cpu.Values | Literal["auto"] = "auto",
         activations: Activations | None = None,
+        ready: Mapping[str, cpu.CpuMatrix] | None = None,
     ) -> None:
         self.checkpoint = MappedCheckpoint(directory)
         self.matrices: dict[str, cpu.CpuMatrix] = {}
+        self._ready = ready or {}
         self._values, self._activations = values, activations
         self._packed = _packed_config(self.checkpoint)
         self._masks = _Masks(self.checkpoint)
@@ -112,7 +116,9 @@ class Weights:
         Raises:
             ModelError: names the tensor that is absent, damaged or of another shape.
         """
-        if self._packed is not None and name in self._packed.layers:
+        if name in self._ready:
+            matrix = self._ready[name]
+        elif self._packed is not None and name in self._packed.layers:
             matrix = self._from_packed(name, shape, self._packed)
         else:
             bits, pattern = self._masks.of(name, shape)
@@ -128,7 +134,10 @@ class Weights:
         name = tensor.removesuffix(".weight")
         if self._packed is not None and name in self._packed.layers:
             return self.linear(name, shape, bias=False)
-        return self._keep("lm_head", self._from_dense(tensor, shape, self._head, None, Pattern()))
+        matrix = self._ready.get("lm_head")
+        if matrix is None:
+            matrix = self._from_dense(tensor, shape, self._head, None, Pattern())
+        return self._keep("lm_head", matrix)
 
     def vector(self, name: str, length: int, offset: float = 0.0) -> cpu.Floats:
         """A norm or bias, float32 ``[length]``, with ``offset`` added."""

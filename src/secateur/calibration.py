@@ -16,6 +16,8 @@ from secateur.model import load_causal_lm, load_tokenizer
 from secateur.progress import Tick, no_tick, progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache
@@ -158,11 +160,35 @@ def calibration_inputs(
             "by itself",
             "give calibration text with --data FILE",
         )
-    first = first[0] if isinstance(first, list) else first
+    starts = [[first[0] if isinstance(first, list) else first]]
+    user = conversation_start(checkpoint.path)
+    if 0 < len(user) <= length // 2 and calibration.samples > 1:
+        starts.append(user)
     dense = load_causal_lm(checkpoint.path, model.dtype or "auto").to(model.device)
     with progress("writing calibration text (tokens)", quiet) as tick:
-        own = self_generated(dense, first, calibration.samples, length, calibration.seed, tick)
+        own = self_generated(dense, starts, calibration.samples, length, calibration.seed, tick)
     return {"input_ids": own}
+
+
+def conversation_start(path: Path) -> list[int]:
+    """Token ids of a conversation up to where the user's first word comes.
+
+    An instruction-tuned model goes on with a question and its own answer (Xu et al. 2024,
+    "Magpie", section 2). Empty for a model without a tokenizer or a chat template.
+    """
+    from jinja2 import TemplateError
+
+    said = "WHAT-THE-USER-SAYS"
+    try:
+        tokenizer = load_tokenizer(path)
+        if not tokenizer.chat_template:
+            return []
+        text = tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False)
+    except (ModelError, TemplateError):  # a template may insist on more than a user's message
+        return []
+    start, found, _ = str(text).rpartition(said)
+    ids: list[int] = tokenizer(start, add_special_tokens=False)["input_ids"] if found else []
+    return ids
 
 
 def _stored(file: Path, model: StreamedModel) -> dict[str, torch.Tensor]:
@@ -265,35 +291,42 @@ def draw_windows(ids: torch.Tensor, samples: int, length: int, seed: int) -> tor
 
 
 def self_generated(
-    model: PreTrainedModel, first: int, samples: int, length: int, seed: int, tick: Tick = no_tick
+    model: PreTrainedModel,
+    starts: Sequence[Sequence[int]],
+    samples: int,
+    length: int,
+    seed: int,
+    tick: Tick = no_tick,
 ) -> torch.Tensor:
     """Let a model write its own calibration text: ``[samples, length]`` token ids.
 
-    Plain sampling (temperature 1, no truncation) from the BOS token, as in data-free
-    quantisation (Liu et al. 2023, "LLM-QAT", section 3.1). Needs the whole model in memory.
+    Plain sampling (temperature 1, no truncation), as in data-free quantisation (Liu et al. 2023,
+    "LLM-QAT", section 3.1). Needs the whole model in memory.
 
     Args:
         model: the dense model.
-        first: the BOS token.
+        starts: token ids that a text begins with, each shorter than ``length``; as many samples
+            of each, in this order.
         tick: called with (tokens done, tokens in all).
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    batch = max(1, min(samples, 32, 32768 // length))
-    rows = []
+    most = max(1, min(32, 32768 // length))
+    rows: list[torch.Tensor] = []
     with torch.no_grad():
-        for start in range(0, samples, batch):
-            now = min(batch, samples - start)
-            step = torch.full((now, 1), first, dtype=torch.int64)
-            columns, cache = [step], _cache(model, length)
-            for position in range(length - 1):
-                out = model(step.to(model.device), past_key_values=cache, use_cache=True)
-                chances = out.logits[:, -1].float().softmax(-1).cpu()
-                step = torch.multinomial(chances, 1, generator=generator)
-                columns.append(step)
-                tick(start * length + now * (position + 2), samples * length)
-            rows.append(torch.cat(columns, dim=1))
+        for number, start in enumerate(starts):
+            share = len(range(number, samples, len(starts)))
+            for batch in torch.split(torch.tensor([list(start)] * share), most):
+                step, columns, cache = batch, [batch], _cache(model, length)
+                for position in range(len(start), length):
+                    out = model(step.to(model.device), past_key_values=cache, use_cache=True)
+                    chances = out.logits[:, -1].float().softmax(-1).cpu()
+                    step = torch.multinomial(chances, 1, generator=generator)
+                    columns.append(step)
+                    done = sum(map(len, rows)) * length + len(batch) * (position + 1)
+                    tick(done, samples * length)
+                rows.append(torch.cat(columns, dim=1))
     return torch.cat(rows)
 
 

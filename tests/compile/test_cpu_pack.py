@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from secateur.compile import cpu
 from secateur.errors import EnvironmentFault, ModelError, SecateurError, UsageError
 from secateur.pattern import Pattern
-from tests.compile.cpu_reference import TYPES, Weight, draw_mask, error, make_weight
+from tests.compile.cpu_reference import TYPES, Array, Weight, draw_mask, error, make_weight
 
 NO_GAIN = r"with {} values, dense is faster than {} \(\d+ % kept\)"
 
@@ -189,3 +193,75 @@ def test_windows_that_keep_less_than_two(value_type: cpu.Values) -> None:
     assert 0 < (mask.reshape(24, -1, 4).sum(-1) < 2).mean() < 0.2
     weight = make_weight(rng, mask.shape, "2:4", value_type, 32, mask)
     assert np.array_equal(weight.pack().decode(), weight.dense)
+
+
+def at_line(stream: Array, room: int = 64) -> Array:
+    """The bytes at a multiple of 64, with room behind them that no product may count."""
+    memory = np.full(stream.nbytes + room + 64, 255, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + stream.nbytes + room]
+    copy[: stream.nbytes] = stream
+    return copy
+
+
+def streams_of(matrix: cpu.CpuMatrix, room: int = 64) -> dict[str, Array]:
+    return {
+        part: stream.copy() if part.endswith("starts") else at_line(stream, room)
+        for part, stream in matrix.streams.items()
+    }
+
+
+LAID = ["dense", "2:4", "4:16", "8:16", "50%@4x1", "50%@8x1", "70%@16x1", "60%", "90%"]
+
+
+@pytest.mark.parametrize("pattern", LAID)
+@pytest.mark.parametrize("value_type", TYPES)
+def test_a_matrix_on_memory_that_others_keep(pattern: str, value_type: cpu.Values) -> None:
+    packed = weight(pattern, value_type).pack()
+    facts = json.loads(json.dumps(packed.facts))
+    mapped = cpu.mapped(facts, streams_of(packed))
+    gc.collect()  # the arrays are held by the matrix alone
+    assert repr(mapped) == repr(packed)
+    assert (mapped.why, mapped.activations) == (packed.why, packed.activations)
+    assert np.array_equal(mapped.decode(), packed.decode())
+    rng = np.random.default_rng(3)
+    for tokens in (1, 7, 40):
+        x = rng.standard_normal((tokens, 160), np.float32)
+        assert np.array_equal(mapped.matmul(x), packed.matmul(x))
+        assert mapped.rounds_inputs(tokens) == packed.rounds_inputs(tokens)
+    assert np.array_equal(mapped.clone().decode(), packed.decode())
+    assert facts == mapped.facts
+
+
+@pytest.mark.parametrize("part", ["data", "rest_data"])
+def test_memory_that_is_not_of_the_layouts_length(part: str) -> None:
+    packed = weight("90%", "int8").pack()
+    assert packed.layout == "4:16+rest"
+    starts = part.replace("data", "starts") if part != "data" else "starts"
+
+    def refused(**change: Array | None) -> None:
+        streams = {k: v for k, v in (streams_of(packed) | change).items() if v is not None}
+        with pytest.raises(ValueError, match="streams of other lengths than the layout's"):
+            cpu.mapped(packed.facts, streams)
+
+    whole, first = streams_of(packed)[part], streams_of(packed)[starts]
+    refused(**{part: streams_of(packed, room=56)[part]})
+    refused(**{part: whole[32:]})
+    refused(**{part: at_line(np.append(whole, whole))[32:]})
+    refused(**{starts: first[:-1]})
+    refused(**{starts: first[::-1].copy()})
+    refused(**{starts: np.append(first[:-1], np.int64(2**62))})
+    refused(**{starts: first - 32})
+    if part == "rest_data":
+        refused(**{part: None})
+        refused(**{starts: None})
+
+
+@given(st.data())
+def test_any_changed_byte_changes_the_checksum(data: st.DataObject) -> None:
+    words = data.draw(st.integers(1, 70_000))
+    body = np.random.default_rng(words).integers(0, 256, 8 * words, np.uint8)
+    before = cpu.checksum(body)
+    assert cpu.checksum(body.copy()) == before
+    body[data.draw(st.integers(0, 8 * words - 1))] ^= data.draw(st.integers(1, 255))
+    assert cpu.checksum(body) != before

@@ -49,6 +49,24 @@ def test_api_key_name_and_a_clean_end_while_streaming(tiny: Path) -> None:
         server.process.terminate()
 
 
+def test_two_servers_on_one_copy_of_the_weights(tiny: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    servers = [
+        start_server(tiny, "--cache-weights", "--values", "int8", SECATEUR_CACHE=str(cache))
+        for _ in range(2)
+    ]
+    try:
+        (file,) = (cache / "weights").iterdir()
+        for server in servers:
+            assert f"mapped from {file};" in server.ready
+            assert str(file) in Path(f"/proc/{server.process.pid}/maps").read_text()
+        body = {"model": tiny.name, "prompt": "ab", "max_tokens": 8, "temperature": 0}
+        answers = [httpx.post(f"{one.url}/v1/completions", json=body).json() for one in servers]
+        assert answers[0]["choices"] == answers[1]["choices"]
+    finally:
+        assert [server.stop(signal.SIGTERM) for server in servers] == [0, 0]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False

@@ -91,6 +91,15 @@ def serve(
         float | None,
         Option(min=0, help="Seconds that a request may take at most.", rich_help_panel=_NATIVE),
     ] = None,
+    cache_weights: Annotated[
+        bool,
+        Option(
+            "--cache-weights",
+            help="Keep the packed weights in a file: later starts pack nothing, and processes "
+            "share one copy.",
+            rich_help_panel=_NATIVE,
+        ),
+    ] = False,
 ) -> None:
     """Serve a model behind an OpenAI-compatible endpoint, with a page at /; Ctrl-C ends it.
 
@@ -129,6 +138,7 @@ def serve(
             max_waiting=max_waiting,
             token_budget=token_budget,
             deadline=deadline,
+            cache_weights=cache_weights or None,
         ),
         providers=provider or (),
         vllm_arguments=context.args,
