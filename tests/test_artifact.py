@@ -38,6 +38,18 @@ def test_leaving_without_commit_keeps_the_work(tmp_path: Path) -> None:
         assert (again.path / "half").exists()
 
 
+def test_a_fault_before_any_work_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyError), Artifact(output, {"data": "typo"}, overwrite=False):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyError), Artifact(output, {"data": "text"}, overwrite=False) as artifact:
+        (artifact.path / "half").write_text("x")
+        raise KeyError
+    with Artifact(output, {"data": "text"}, overwrite=False) as again:
+        assert again.resumed
+
+
 def test_other_work_is_refused_with_the_difference(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with Artifact(output, {"prune": {"seed": 1}}, overwrite=False):

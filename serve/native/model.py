@@ -135,9 +135,9 @@ class NativeModel:
         )
         return (
             f"{model.model_type}, {len(model.sizes)} layers; {uses}{mapped}; "
-            f"KV cache {self._kv_type}, {self.pages} pages of {PAGE_TOKENS} tokens, {self.kv_bytes / 1e6:.0f} MB; up to "
-            f"{self.max_length} tokens{shortened}; {cpu.isa()}, "
-            f"{cpu.threads()} thread{'s' if cpu.threads() > 1 else ''}"
+            f"KV cache {self._kv_type}, {self.pages} pages of {PAGE_TOKENS} tokens, "
+            f"{self.kv_bytes / 1e6:.0f} MB; up to {self.max_length} tokens{shortened}; "
+            f"{cpu.isa()}, {cpu.threads()} thread{'s' if cpu.threads() > 1 else ''}"
         )
 
     def step(self, batch: Batch) -> Floats:

@@ -113,7 +113,8 @@ def library_versions(*names: str) -> dict[str, str]:
 class Artifact:
     """An output directory under construction; use it as a context manager.
 
-    Leaving the context without `commit` keeps ``DIR.partial`` for a later run to resume.
+    Leaving the context without `commit` keeps ``DIR.partial`` for a later run to resume, if there is
+    anything in it.
 
     Args:
         output: the final directory.
@@ -174,8 +175,11 @@ class Artifact:
         fault: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        if self._lock is None:
+            return
+        if kind is not None and {file.name for file in self.path.iterdir()} <= _PRIVATE:
+            shutil.rmtree(self.path)
+        self._lock.close()
 
     def commit(self, manifest: Manifest, timings: dict[str, Any]) -> Manifest:
         """Hash all files, write the manifest, and give the directory its final name."""
