@@ -43,9 +43,9 @@ def test_a_fault_before_any_work_leaves_nothing_in_the_way(tmp_path: Path) -> No
     with pytest.raises(KeyError), Artifact(output, {"data": "typo"}, overwrite=False):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyError), Artifact(output, {"data": "text"}, overwrite=False) as artifact:
-        (artifact.path / "half").write_text("x")
-        raise KeyError
+    half = tmp_path / "out.partial" / "half"
+    with pytest.raises(ZeroDivisionError), Artifact(output, {"data": "text"}, overwrite=False):
+        1 / half.write_text("")
     with Artifact(output, {"data": "text"}, overwrite=False) as again:
         assert again.resumed
 

@@ -113,8 +113,8 @@ def library_versions(*names: str) -> dict[str, str]:
 class Artifact:
     """An output directory under construction; use it as a context manager.
 
-    Leaving the context without `commit` keeps ``DIR.partial`` for a later run to resume, if there is
-    anything in it.
+    Leaving the context without `commit` keeps ``DIR.partial`` for a later run to resume, unless a
+    fault came before anything was in it.
 
     Args:
         output: the final directory.
