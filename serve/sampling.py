@@ -107,6 +107,7 @@ def distribution(scores: Floats, parameters: SamplingParameters) -> tuple[Ids, N
     """
     with np.errstate(over="ignore"):  # a tiny temperature may send the losers to -inf: right
         weights = np.exp((scores.astype(np.float64) - scores.max()) / parameters.temperature)
+    weights[weights <= 1e-306] = 0.0  # as the native sampler, which knows no subnormal numbers
     ids: Ids = np.arange(len(weights))
     if parameters.min_p > 0.0:
         ids = ids[weights >= parameters.min_p]  # the most likely token has weight 1

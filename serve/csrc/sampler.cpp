@@ -3,6 +3,7 @@
 // Order: logit_bias, penalties, temperature (0: argmax), min_p, top_k, top_p, draw. All sums are in
 // double. Tokens that are equally likely are ranked by id. Nothing sorts the vocabulary: a heap
 // keeps the best k; the end of the nucleus, and the draw from it, lie in one class of weights.
+// Weights are computed and added up once, block by block; a draw looks into one block.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
@@ -112,29 +113,130 @@ INLINE void exponentials_of(double *x) {
     for (int i = 0; i < kLanes; ++i) x[i] = x[i] > 1e-306 ? x[i] : 0;
 }
 
+// Of each block of kLanes tokens the sum of the weights that reach the floor, the greatest, and how
+// many reach it.
+struct Block {
+    double sum, peak;
+    Index count;
+};
+
+// What `count` tokens weigh: exp((x - most) * sharpness); behind them 0.
+template <typename T>
+INLINE Block weigh(const T *x, Index count, double most, double sharpness, double floor, double *w) {
+    if (count == kLanes) {
+        for (int i = 0; i < kLanes; ++i) w[i] = (double(x[i]) - most) * sharpness;
+    } else {
+        for (Index i = 0; i < kLanes; ++i) w[i] = i < count ? (double(x[i]) - most) * sharpness : -1000;
+    }
+    exponentials_of(w);
+    constexpr int kParts = 16;
+    double sums[kParts] = {}, peaks[kParts] = {}, counts[kParts] = {};
+    for (int i = 0; i < kLanes; i += kParts)
+        for (int j = 0; j < kParts; ++j) {
+            const double one = w[i + j];
+            sums[j] += one >= floor ? one : 0;
+            counts[j] += one >= floor ? 1 : 0;
+            peaks[j] = one > peaks[j] ? one : peaks[j];
+        }
+    Block block{0, 0, 0};
+    for (int j = 0; j < kParts; ++j) {
+        block.sum += sums[j];
+        block.count += Index(counts[j]);
+        block.peak = std::max(block.peak, peaks[j]);
+    }
+    return block;
+}
+
+template <typename T>
+INLINE void weigh_blocks(const T *x, Index n, double most, double sharpness, double floor, double *w,
+                         Block *blocks) {
+    for (Index i = 0; i < n; i += kLanes)
+        *blocks++ = weigh(x + i, std::min<Index>(kLanes, n - i), most, sharpness, floor, w + i);
+}
+
 #if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) void exponentials_wide(double *x, Index n) {
-    for (Index i = 0; i < n; i += kLanes) exponentials_of(x + i);
+template <typename T>
+__attribute__((target("avx2,fma"))) void weigh_wide(const T *x, Index n, double most, double sharpness,
+                                                    double floor, double *w, Block *blocks) {
+    weigh_blocks(x, n, most, sharpness, floor, w, blocks);
+}
+template <typename T>
+__attribute__((target("avx512f,avx512dq,avx512vl,fma,prefer-vector-width=512"))) void
+weigh_widest(const T *x, Index n, double most, double sharpness, double floor, double *w, Block *blocks) {
+    weigh_blocks(x, n, most, sharpness, floor, w, blocks);
 }
 #endif
 
-// In place, for a multiple of kLanes numbers.
-void exponentials(double *x, Index n) {
-#if defined(__x86_64__)
-    static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (wide) return exponentials_wide(x, n);
-#endif
-    for (Index i = 0; i < n; i += kLanes) exponentials_of(x + i);
-}
+// The weights of a row of scores, in memory of this thread, good until it weighs the next one. The
+// greatest is 1.
+class Weights {
+  public:
+    template <typename T> Weights(const T *x, Index n, double most, double temperature, double floor)
+        : n_(n), floor_(floor) {
+        thread_local std::vector<double> room;
+        thread_local std::vector<Block> blocks;
+        room.resize(std::size_t(round_up(n, kLanes)));
+        blocks.resize(room.size() / kLanes);
+        w_ = room.data();
+        blocks_ = blocks.data();
+        fill(x, most, 1 / temperature, room.data(), blocks.data());
+        for (const Block &block : blocks) {
+            mass_ += block.sum;
+            count_ += block.count;
+        }
+        if (!(floor > 0)) count_ = n;
+    }
+    double mass() const { return mass_; }    // of those that reach the floor
+    Index count() const { return count_; }   // how many do
+    const double *data() const { return w_; }
+    double operator[](std::int32_t id) const { return w_[id]; }
 
-// exp((x - most) / temperature) of n values, in memory of this thread, good until its next call.
-template <typename T> const double *weights_of(const T *x, Index n, double most, double temperature) {
-    thread_local std::vector<double> weights;
-    weights.assign(std::size_t(round_up(n, kLanes)), 0);
-    for (Index i = 0; i < n; ++i) weights[std::size_t(i)] = (double(x[i]) - most) / temperature;
-    exponentials(weights.data(), Index(weights.size()));
-    return weights.data();
-}
+    // The token at which the running sum passes `goal`; the last one if rounding keeps it from that.
+    std::int32_t at_sum(double goal) const {
+        double reached = 0;
+        Index b = 0;
+        for (Index i = 0; i * kLanes < n_; ++i) {
+            if (!(blocks_[i].sum > 0)) continue;
+            b = i;
+            if (reached + blocks_[i].sum > goal) break;
+            reached += blocks_[i].sum;
+        }
+        Index last = b * kLanes;
+        for (Index i = last; i < std::min(n_, (b + 1) * kLanes); ++i) {
+            if (!(w_[i] >= floor_ && w_[i] > 0)) continue;
+            last = i;
+            reached += w_[i];
+            if (reached > goal) break;
+        }
+        return std::int32_t(last);
+    }
+    // Those that reach `bar`, which is above 0.
+    std::vector<Ranked> above(double bar) const {
+        std::vector<Ranked> some;
+        for (Index b = 0; b * kLanes < n_; ++b) {
+            if (blocks_[b].peak < bar) continue;
+            for (Index i = b * kLanes; i < std::min(n_, (b + 1) * kLanes); ++i)
+                if (w_[i] >= bar) some.push_back({w_[i], std::int32_t(i)});
+        }
+        return some;
+    }
+
+  private:
+    template <typename T> void fill(const T *x, double most, double sharpness, double *w, Block *blocks) {
+#if defined(__x86_64__)
+        static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        static const bool widest = wide && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        if (widest) return weigh_widest(x, n_, most, sharpness, floor_, w, blocks);
+        if (wide) return weigh_wide(x, n_, most, sharpness, floor_, w, blocks);
+#endif
+        weigh_blocks(x, n_, most, sharpness, floor_, w, blocks);
+    }
+
+    const double *w_;
+    const Block *blocks_;
+    Index n_, count_ = 0;
+    double floor_, mass_ = 0;
+};
 
 // The best `count` of those values that reach `floor`, best first.
 template <typename T> std::vector<Ranked> best_of(const T *x, Index n, Index count, double floor) {
@@ -182,8 +284,8 @@ std::size_t fill(std::vector<Ranked> &some, double target) {
 }
 
 // The first token, best first, with which the sum of the weights reaches `target`, and that sum. The
-// weights, from `floor` to 1, are added up in classes of almost equal ones; one class is searched.
-Ranked crossing(const double *w, Index n, double floor, double target) {
+// weights, at most 1, are added up in classes of almost equal ones; one class is searched.
+Ranked crossing(const std::vector<Ranked> &weights, double target) {
     constexpr int kClasses = 1024, kShift = 48;  // sixteen for each power of two
     const auto class_of = [](double weight) {
         std::uint64_t bits;
@@ -192,7 +294,7 @@ Ranked crossing(const double *w, Index n, double floor, double target) {
         return int(std::min<std::uint64_t>(one - (bits >> kShift), kClasses - 1));
     };
     double sums[kClasses] = {};
-    for (Index i = 0; i < n; ++i) sums[class_of(w[i])] += w[i] >= floor ? w[i] : 0;
+    for (const Ranked &one : weights) sums[class_of(one.value)] += one.value;
     int last = 0;  // the class in which the target is reached, or the last that is not empty
     double reached = 0;
     for (int next = 1; next < kClasses && reached + sums[last] < target; ++next)
@@ -201,8 +303,8 @@ Ranked crossing(const double *w, Index n, double floor, double target) {
             last = next;
         }
     std::vector<Ranked> some;
-    for (Index i = 0; i < n; ++i)
-        if (class_of(w[i]) == last && w[i] >= floor && w[i] > 0) some.push_back({w[i], std::int32_t(i)});
+    for (const Ranked &one : weights)
+        if (class_of(one.value) == last) some.push_back(one);
     some.resize(fill(some, target - reached));
     return {reached + sum_of(some), some.back().id};
 }
@@ -247,36 +349,22 @@ class Sampler {
         const T most = greatest(scores, n);
         if (!std::isfinite(most)) return kRefused;
         if (temperature < kGreedyBelow) return std::int32_t(place_of(most, scores, n));
-        const double *w = weights_of(scores, n, double(most), temperature);
         const double floor = min_p > 0 ? min_p : 0;
-        double mass = 0;
-        Index count = 0;
-        for (Index i = 0; i < n; ++i) {
-            mass += w[i] >= floor ? w[i] : 0;
-            count += w[i] >= floor;
-        }
-        const bool best_only = 0 < top_k && top_k < count;
-        if (!best_only && top_p == 1) return draw_by_id(w, n, floor, uniform * mass, mass);
+        const Weights w(scores, n, double(most), temperature, floor);
+        const bool best_only = 0 < top_k && top_k < w.count();
+        if (!best_only && top_p == 1) return w.at_sum(uniform * w.mass());
         if (!best_only) {
-            const Ranked edge = crossing(w, n, floor, top_p * mass);
-            const std::int32_t drawn =
-                crossing(w, n, floor, std::nextafter(uniform * edge.value, 2 * mass)).id;
+            // What lies below this adds up to less than the nucleus leaves out: none of it is inside.
+            const double bar = (1 - top_p) * w.mass() / double(w.count()) * (1 - 1e-9);
+            const std::vector<Ranked> some = w.above(std::max({floor, kLeast, bar}));
+            const Ranked edge = crossing(some, top_p * w.mass());
+            const std::int32_t drawn = crossing(some, std::nextafter(uniform * edge.value, 2 * w.mass())).id;
             // Rounding may not lead out of the nucleus.
             return better({w[edge.id], edge.id}, {w[drawn], drawn}) ? edge.id : drawn;
         }
-        std::vector<Ranked> kept = best_of(w, n, top_k, std::max(floor, kLeast));
+        std::vector<Ranked> kept = best_of(w.data(), n, top_k, std::max(floor, kLeast));
         if (top_p < 1) kept.resize(fill(kept, top_p * sum_of(kept)));
-        return kept[fill(kept, std::nextafter(uniform * sum_of(kept), 2 * mass)) - 1].id;
-    }
-
-    // The token at which the running sum of the weights passes `goal`, or reaches all there is.
-    static std::int32_t draw_by_id(const double *w, Index n, double floor, double goal, double all) {
-        double reached = 0;
-        for (Index i = 0; i < n; ++i) {
-            reached += w[i] >= floor ? w[i] : 0;
-            if (reached > goal || reached >= all) return std::int32_t(i);
-        }
-        return kRefused;
+        return kept[fill(kept, std::nextafter(uniform * sum_of(kept), 2 * w.mass())) - 1].id;
     }
 
     std::unordered_map<std::int32_t, int> counts_;  // of tokens in the prompt (0) and in the output
@@ -321,10 +409,7 @@ using Scored = std::pair<double, std::vector<std::pair<std::int32_t, double>>>;
 
 Scored score(const float *logits, Index n, std::int32_t token, Index count) {
     const double most = double(greatest(logits, n));
-    const double *weights = weights_of(logits, n, most, 1);
-    double sum = 0;
-    for (Index i = 0; i < n; ++i) sum += weights[i];
-    const double total = most + std::log(sum);
+    const double total = most + std::log(Weights(logits, n, most, 1, 0).mass());
     Scored scored{double(logits[token]) - total, {}};
     for (const Ranked &one : best_of(logits, n, count, -std::numeric_limits<double>::infinity()))
         scored.second.emplace_back(one.id, one.value - total);
