@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kSpins = 4000;  // some tens of microseconds
 constexpr std::uint32_t kClosed = 1u << 31;
+constexpr Index kAheadBytes = 96 << 10;  // what a thread that waits fetches; a part of its cache
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -62,11 +63,11 @@ void take_shared(void *pointer) {
 class Pool {
   public:
     Pool(int threads, Lend lend) : lend_(lend), lent_(threads) {}
-    explicit Pool(int threads, bool pin) {
+    explicit Pool(int threads, bool pin) : shares_(std::size_t(threads)) {
         for (int i = 1; i < threads; ++i) try {
                 workers_.emplace_back([this, i, pin] {
                     if (pin) pin_to(i);
-                    serve();
+                    serve(i);
                 });
             } catch (const std::system_error &) {
                 break;  // no more threads to be had: those that there are do all
@@ -91,24 +92,56 @@ class Pool {
                 work(context, from, std::min(count, from + grain));
             return;
         }
-        count_ = count;
         grain_ = grain;
         work_ = work;
         context_ = context;
-        next_.store(0);
+        // Neighbouring pieces for each thread: memory is read in long runs.
+        const Index pieces = (count + grain - 1) / grain, threads = Index(shares_.size());
+        for (Index i = 0; i < threads; ++i) {
+            shares_[std::size_t(i)].next.store(pieces * i / threads * grain);
+            shares_[std::size_t(i)].end = std::min(count, pieces * (i + 1) / threads * grain);
+        }
         state_.fetch_and(~kClosed);  // workers may enter
         wake();
-        take();
+        take(0);
         state_.fetch_or(kClosed);
         // A worker that lost its processor to another program comes back the sooner for a yield.
         for (int i = 0; state_.load(std::memory_order_acquire) != kClosed; ++i)
             i < kSpins ? pause_briefly() : std::this_thread::yield();
     }
 
+    void expect(const Ahead *ranges, int count) {
+        for (int i = 0; i < kMostAhead; ++i) {
+            expected_[i].data.store(i < count ? ranges[i].data : nullptr, std::memory_order_relaxed);
+            expected_[i].bytes.store(i < count ? ranges[i].bytes : 0, std::memory_order_relaxed);
+        }
+    }
+
   private:
-    void take() {
-        for (Index from; (from = next_.fetch_add(grain_)) < count_;)
-            work_(context_, from, std::min(count_, from + grain_));
+    // First what is one's own, then what others have not come to.
+    void take(int own) {
+        const int threads = int(shares_.size());
+        for (int i = 0; i < threads; ++i) {
+            Share &share = shares_[std::size_t((own + i) % threads)];
+            for (Index from; (from = share.next.fetch_add(grain_)) < share.end;)
+                work_(context_, from, std::min(share.end, from + grain_));
+        }
+    }
+    // Until there is work, for `seen` was the last.
+    void look_ahead(int own, std::uint32_t seen) {
+        const Index threads = Index(shares_.size());
+        Index all = 0;
+        for (const Expected &one : expected_) all += one.bytes.load(std::memory_order_relaxed);
+        Index skip = all * own / threads, left = std::min(kAheadBytes, all / threads);
+        for (const Expected &one : expected_) {
+            const Index bytes = one.bytes.load(std::memory_order_relaxed);
+            const std::uint8_t *data = one.data.load(std::memory_order_relaxed);
+            for (Index at = skip; at < bytes && left > 0; at += 64, left -= 64) {
+                __builtin_prefetch(data + at, 0, 2);
+                if (at % 1024 < 64 && generation_.load(std::memory_order_relaxed) != seen) return;
+            }
+            skip = std::max<Index>(0, skip - bytes);
+        }
     }
     void wake() {
         generation_.fetch_add(1);
@@ -117,8 +150,9 @@ class Pool {
             woken_.notify_all();
         }
     }
-    void serve() {
+    void serve(int own) {
         for (std::uint32_t seen = 0;;) {
+            look_ahead(own, seen);
             for (int i = 0; i < kSpins && generation_.load() == seen; ++i) pause_briefly();
             if (generation_.load() == seen) {
                 std::unique_lock<std::mutex> hold(sleep_);
@@ -128,7 +162,7 @@ class Pool {
             }
             seen = generation_.load();
             if (stop_) return;
-            if (!(state_.fetch_add(1) & kClosed)) take();
+            if (!(state_.fetch_add(1) & kClosed)) take(own);
             state_.fetch_sub(1, std::memory_order_release);
         }
     }
@@ -141,8 +175,17 @@ class Pool {
     std::atomic<std::uint32_t> generation_{0}, state_{kClosed};
     std::atomic<int> sleeping_{0};
     std::atomic<bool> stop_{false};
-    std::atomic<Index> next_{0};
-    Index count_ = 0, grain_ = 1;
+    struct alignas(64) Share {
+        std::atomic<Index> next{0};
+        Index end = 0;
+    };
+    std::vector<Share> shares_;
+    struct Expected {
+        std::atomic<const std::uint8_t *> data{nullptr};
+        std::atomic<Index> bytes{0};
+    };
+    Expected expected_[kMostAhead];
+    Index grain_ = 1;
     void (*work_)(void *, Index, Index) = nullptr;
     void *context_ = nullptr;
 };
@@ -187,3 +230,5 @@ int get_threads() { return pool()->threads(); }
 void spread(Index count, Index grain, void (*work)(void *, Index, Index), void *context) {
     if (count > 0) pool()->run(count, grain, work, context);
 }
+
+void expect(const Ahead *ranges, int count) { pool()->expect(ranges, count); }

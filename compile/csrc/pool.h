@@ -19,6 +19,16 @@ void borrow_threads(int count, Lend lend);
 // A caller that finds the threads busy does all of its work itself.
 void spread(Index count, Index grain, void (*work)(void *, Index, Index), void *context);
 
+// What is read when the work that is given out next is done: its bytes in the order in which it is
+// spread. A thread that finds nothing more to do brings the beginning of its share into its cache. Where
+// the bytes lie no longer, nothing happens.
+struct Ahead {
+    const std::uint8_t *data;
+    Index bytes;
+};
+constexpr int kMostAhead = 3;
+void expect(const Ahead *ranges, int count);
+
 template <typename Work> void over_panels(Index count, Index grain, const Work &work) {
     spread(
         count, grain,

@@ -90,7 +90,7 @@ class Decoder {
     void attention(const Batch &batch, Index layer);
     void keep(const Batch &batch, Index layer);  // keys and values, in the cache
     void attend(const Batch &batch, Index layer, const Unit &unit);
-    void mlp(const Layer &layer, Index width, Index count);
+    void mlp(const Layer &layer, Index width, Index count, const std::vector<Linear> &next);
     void join(const Floats &after, const Floats *next, Index count);
     const float *logits(const Batch &batch);
 

@@ -50,7 +50,7 @@ void Decoder::attention(const Batch &batch, Index index) {
     const Index queries = sizes.heads * d.head_dim, keys = sizes.kv_heads * d.head_dim;
     plan(batch, sizes);
     float *y = qkv_.data();
-    multiply_all(layer.qkv, normed_.data(), d.hidden, batch.count, y);
+    multiply_all(layer.qkv, normed_.data(), d.hidden, batch.count, y, layer.output);
     if (layer.qkv.size() == 1) {
         query_ = {y, queries + 2 * keys};
         key_ = {y + queries, queries + 2 * keys};

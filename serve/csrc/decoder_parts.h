@@ -18,9 +18,18 @@ inline void grow(Floats &room, Index size) {
     if (Index(room.size()) < size) room.resize(std::size_t(size));
 }
 
-// Products with the same inputs [count, columns]; their outputs lie one after the other.
+// Products with the same inputs [count, columns]; their outputs lie one after the other. next: whose
+// turn it is then.
 inline void multiply_all(const std::vector<Linear> &linears, const float *x, Index columns, Index count,
-                         float *y) {
+                         float *y, const std::vector<Linear> &next) {
+    constexpr Index kFew = 8;  // with more, memory is not what a product waits for
+    Ahead ranges[kMostAhead];
+    int ahead = 0;
+    for (const Linear &linear : next) {
+        const View &m = linear.matrix->view();
+        if (count <= kFew && ahead < kMostAhead) ranges[ahead++] = {m.data, m.starts[m.panels]};
+    }
+    expect(ranges, ahead);
     std::vector<Factor> factors;
     factors.reserve(linears.size());
     for (const Linear &linear : linears) {

@@ -37,9 +37,9 @@ const float *Decoder::step(const Batch &batch) {
         const Layer &layer = layers_[std::size_t(i)];
         const Sizes &sizes = d.layers[std::size_t(i)];
         attention(batch, i);
-        multiply_all(layer.output, mixed_.data(), sizes.heads * d.head_dim, n, added_.data());
+        multiply_all(layer.output, mixed_.data(), sizes.heads * d.head_dim, n, added_.data(), layer.gate_up);
         join(layer.after_attention, &layer.mlp_norm, n);
-        mlp(layer, sizes.intermediate, n);
+        mlp(layer, sizes.intermediate, n, i + 1 < layers ? layers_[std::size_t(i) + 1].qkv : head_);
         join(layer.after_mlp, i + 1 < layers ? &layers_[std::size_t(i) + 1].attention_norm : nullptr, n);
     }
     return logits(batch);
@@ -99,12 +99,12 @@ void Decoder::join(const Floats &after, const Floats *next, Index count) {
     });
 }
 
-void Decoder::mlp(const Layer &layer, Index width, Index count) {
+void Decoder::mlp(const Layer &layer, Index width, Index count, const std::vector<Linear> &next) {
     constexpr Index kPiece = 2048;
     const DecoderKernels &k = decoder_kernels();
     const Index pieces = (width + kPiece - 1) / kPiece;
     const bool fused = layer.gate_up.size() == 1;
-    multiply_all(layer.gate_up, normed_.data(), shape_.hidden, count, gates_.data());
+    multiply_all(layer.gate_up, normed_.data(), shape_.hidden, count, gates_.data(), layer.down);
     const Index stride = fused ? 2 * width : width;
     const float *ups = gates_.data() + (fused ? width : count * width);
     over_panels(count * pieces, std::max<Index>(1, 4 * kPiece / width), [&](Index from, Index to) {
@@ -114,7 +114,7 @@ void Decoder::mlp(const Layer &layer, Index width, Index count) {
                    gated_.data() + t * width + first);
         }
     });
-    multiply_all(layer.down, gated_.data(), width, count, added_.data());
+    multiply_all(layer.down, gated_.data(), width, count, added_.data(), next);
 }
 
 const float *Decoder::logits(const Batch &batch) {
@@ -125,7 +125,7 @@ const float *Decoder::logits(const Batch &batch) {
         k.norm(x_.data() + batch.wanted[w] * width, norm_.data(), shape_.epsilon, width,
                normed_.data() + w * width);
     });
-    multiply_all(head_, normed_.data(), width, count, logits_.data());
+    multiply_all(head_, normed_.data(), width, count, logits_.data(), layers_[0].qkv);
     if (shape_.logit_cap > 0)
         each_token(count, vocabulary, [&](Index w) {
             k.cap(shape_.logit_cap, vocabulary, logits_.data() + w * vocabulary);
