@@ -124,7 +124,8 @@ class KernelRow(_Facts):
     Attributes:
         name: "dense" (our control), a pattern, or a peer.
         kind: our control, our sparse kernel, or a peer.
-        layout, activations: of our kernels, as they describe themselves.
+        layout: of our kernels, as they describe themselves.
+        activations: what our kernel multiplied the inputs as, with so many tokens: fp32 or int8.
         why: why a sparse weight is stored dense.
         absent: why there are no numbers.
         nbytes: of one copy of the weight: values, positions, scales, padding.

@@ -44,6 +44,9 @@ class FakeMatrix:
             out[:] = result
         return result
 
+    def rounds_inputs(self, tokens: int) -> bool:
+        return self.activations == "int8" and tokens < 3
+
     def clone(self) -> FakeMatrix:
         return FakeMatrix(self.weight.copy(), self.activations, self.nbytes, self.why)
 
@@ -132,6 +135,8 @@ def test_every_group_has_control_patterns_and_peers(measured: KernelsResult) -> 
                 assert set(row.speedup) == {"dense", *peers} - {row.name}
                 assert row.relative_error is not None
                 assert row.relative_error < (0.3 if row.name == "ort-int8" else 0.02)
+        used = {row.activations for row in group.kernels if row.kind != "peer" and not row.absent}
+        assert used == {"int8" if group.values != "bf16" and group.tokens == 1 else "fp32"}
     assert [row.why for row in measured.groups[0].kernels[:4]] == [None] * 3 + ["too few zeros"]
 
 
@@ -359,7 +364,7 @@ def test_markdown(measured: KernelsResult) -> None:
     row = [cell.strip() for cell in page[start + 5].split("|")[1:-1]]
     own = measured.groups[-1].kernels[1]
     assert len(row) == len(head)
-    assert row[:3] == ["2:4", "fake", "int8"]
+    assert row[:3] == ["2:4", "fake", "fp32"]
     assert row[head.index("B/weight")] == "0.406"
     assert row[-1] == (
         f"{own.speedup['ort-nbits4'].value:.2f} ± {own.speedup['ort-nbits4'].standard_error:.2f}"
