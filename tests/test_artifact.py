@@ -50,6 +50,13 @@ def test_a_fault_before_any_work_leaves_nothing_in_the_way(tmp_path: Path) -> No
         assert again.resumed
 
 
+def test_a_fault_after_the_commit_is_told(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), Artifact(output, {}, overwrite=False) as artifact:
+        1 / len(artifact.commit(manifest(), {}).files)
+    assert (output / "manifest.json").exists()
+
+
 def test_other_work_is_refused_with_the_difference(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with Artifact(output, {"prune": {"seed": 1}}, overwrite=False):

@@ -177,8 +177,8 @@ class Artifact:
     ) -> None:
         if self._lock is None:
             return
-        if kind is not None and {file.name for file in self.path.iterdir()} <= _PRIVATE:
-            shutil.rmtree(self.path)
+        if kind is not None and {file.name for file in self.path.glob("*")} <= _PRIVATE:
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
     def commit(self, manifest: Manifest, timings: dict[str, Any]) -> Manifest:
