@@ -13,29 +13,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from secateur.compile import pack_model
 from secateur.errors import EnvironmentFault
 from secateur.serve.native import weights
 from secateur.serve.native.model import NativeModel
 from secateur.serve.native.weight_cache import WeightCache
 from tests.compile.conftest import prune_by_hand
 from tests.serve.native.stepping import random_steps, random_texts
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("made")
-    pruned = prune_by_hand(home / "pruned", "2:4", kind="qwen2", inner=80)
-    for values in ("fp32", "int8", "int4", "fp8"):
-        pack_model(
-            pruned,
-            home / values,
-            values=values,  # type: ignore[arg-type]
-            group_size=32,
-            quantize="rtn",
-            quiet=True,
-        )
-    return home
 
 
 @pytest.fixture(autouse=True)

@@ -16,33 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from secateur.compile import pack_model, write_dense
+from secateur.compile import write_dense
 from secateur.compile.nearest import pack_nibbles, round_to_nearest
 from secateur.compile.quantize import rtn
 from secateur.compile.stored import unpack_nibbles
 from secateur.errors import ModelError, UsageError
 from secateur.serve.native.model import NativeModel
-from tests.compile.conftest import prune_by_hand, rewrite
+from tests.compile.conftest import rewrite
 from tests.serve.native.stepping import random_steps, random_texts, reference, save_random
 
 Tensors = dict[str, torch.Tensor]
 DOWN = "model.layers.1.mlp.down_proj"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("made")
-    pruned = prune_by_hand(home / "pruned", "2:4", kind="qwen2", inner=80)
-    for values in ("fp32", "int8", "int4", "fp8"):
-        pack_model(
-            pruned,
-            home / values,
-            values=values,  # type: ignore[arg-type]
-            group_size=32,
-            quantize="rtn",
-            quiet=True,
-        )
-    return home
 
 
 def replaced(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[Tensors], None]:
