@@ -115,7 +115,7 @@ class NativeModel:
         if not ready:
             cache.write(build().matrices)
             ready = cache.read()
-        return build(ready, cache.path)
+        return build(ready, cache.path if ready else None)
 
     @property
     def nbytes(self) -> int:
