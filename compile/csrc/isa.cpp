@@ -17,7 +17,7 @@
 const Kernels &KERNELS_OF(ISA)() {
     using namespace isa::ISA;
     static constexpr Kernels kernels{
-        NAME_OF(ISA), kTile, few_tokens, small, quantize,    expand,    slots,        tile,       half_tile, list,
-        skip,         steps, expand_ints, tile_ints, compress_row, expand_row, checksum};
+        NAME_OF(ISA), kTile, few_tokens, small,       quantize,  expand, slots,      strip_width,  strip,      turn,
+        tile,         list,  skip,       steps,       expand_ints, tile_ints, quads, strip_ints, compress_row, expand_row, checksum};
     return kernels;
 }

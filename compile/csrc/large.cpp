@@ -33,6 +33,22 @@ void write_tiles(const Factor &f, const float *sums, Index first, Index count, I
         }
 }
 
+// Of a batch of strips: sums[unit][strip][row][token]. Eight tokens at a time, of all rows: rows of y may
+// lie so that few of them stay in the nearest cache.
+void write_strips(const Kernels &k, const Factor &f, const float *sums, Index first, Index count, Index strip0,
+                  Index batch, Index wide, Index tokens) {
+    const Index all = f.matrix->view().rows;
+    for (Index strip = 0; strip < batch; ++strip)
+        for (Index t = 0; t < wide; t += 8) {
+            const Index token = (strip0 + strip) * wide + t;
+            for (Index u = 0; u < count && token < tokens; ++u) {
+                const Index top = (first + u) * kTileRows, rows = std::min<Index>(kTileRows, all - top);
+                k.turn(sums + (u * batch + strip) * wide * kTileRows + t, wide, rows, std::min<Index>(8, tokens - token),
+                       f.bias ? f.bias + top : nullptr, f.y + token * all + top, all);
+            }
+        }
+}
+
 // Every piece of the columns of every kTileRows rows, a unit, meets every tile of tokens. `group`
 // units at a time meet a tile, as many as stay in the nearest cache beside it. Each thread has a Work
 // of its own, which has room for kUnits units:
@@ -40,7 +56,7 @@ void write_tiles(const Factor &f, const float *sums, Index first, Index count, I
 //   run(piece, u, tile, here, y): y[token * kTileRows + row] += for the `here` tokens of a tile
 template <typename Work>
 void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared) {
-    const Index wide = shared.k.tile_tokens, tiles = (tokens + wide - 1) / wide;
+    const Index wide = shared.wide(), tiles = (tokens + wide - 1) / wide;
     const Index size = wide * kTileRows, most = kBatch / wide, group = shared.group();
     const Index units = (f.matrix->view().rows + kTileRows - 1) / kTileRows;
     // As many pieces for each thread, of at most kUnits.
@@ -65,7 +81,8 @@ void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared)
                             work.run(piece, i, at, here, sums + (i * batch + tile) * size);
                     }
                 }
-            write_tiles(f, sums, first, count, tile0, batch, wide, tokens);
+            if constexpr (Work::kStrips) write_strips(shared.k, f, sums, first, count, tile0, batch, wide, tokens);
+            else write_tiles(f, sums, first, count, tile0, batch, wide, tokens);
         }
     });
 }
@@ -98,8 +115,10 @@ struct DenseWork {
     const Matrix &matrix;
     const View &m;
     const float *tiled;
-    Index padded;
+    Index padded, wide_;
     float *weights = nullptr;
+    static constexpr bool kStrips = true;
+    Index wide() const { return wide_; }
 
     Index group() const { return 1; }
     void take_room() { weights = scratch<float, Room::weights>(kUnits * kDepth * kTileRows); }
@@ -107,7 +126,7 @@ struct DenseWork {
     void expand(Index unit, Index piece, Index u) const {
         const Index from = piece * kDepth, to = std::min(m.padded, from + kDepth);
         const Index panels = kTileRows / m.height;
-        const bool fast = m.kind == Kind::vector || !(is_integer(m.type) || m.rest_starts);
+        const bool fast = !(is_integer(m.type) || m.rest_starts);
         if ((unit + 1) * panels > m.panels) std::fill(own(u), own(u) + kDepth * kTileRows, 0.0f);
         for (Index h = 0; h < panels && unit * panels + h < m.panels; ++h) {
             const Index panel = unit * panels + h;
@@ -117,19 +136,21 @@ struct DenseWork {
     }
     void run(Index piece, Index u, Index tile, int here, float *y) const {
         const Index from = piece * kDepth, count = std::min(m.padded - from, kDepth);
-        k.tile(own(u), nullptr, tiled + (tile * padded + from) * k.tile_tokens, count, here, y);
+        k.strip(own(u), kTileRows, nullptr, tiled + (tile * padded + from) * wide_, wide_, count, here, y);
     }
 };
 
-// Blocks of 16 or 8 rows: of the columns, those that are kept.
+// Blocks: of the columns, those that are kept.
 struct SlotWork {
     const Kernels &k;
     const View &m;
     const float *tiled;
-    Index padded;
+    Index padded, wide_;
+    static constexpr bool kStrips = true;
+    Index wide() const { return wide_; }
     float *weights = nullptr;
     std::int32_t *places = nullptr;
-    Index kept[kUnits * 2] = {};  // of the blocks of the units at hand
+    Index kept[kUnits * 4] = {};  // of the blocks of the units at hand
 
     Index blocks() const { return kTileRows / m.height; }  // of a unit
     Index group() const {
@@ -146,15 +167,14 @@ struct SlotWork {
         for (Index b = 0; b < blocks(); ++b) {
             const Index panel = unit * blocks() + b, block = u * blocks() + b;
             kept[block] = panel < m.panels
-                ? k.slots(m, panel, from, to, own(block), places + block * kDepth) : 0;
+                ? k.slots(m, panel, from, to, wide_, own(block), places + block * kDepth) : 0;
         }
     }
     void run(Index piece, Index u, Index tile, int here, float *y) const {
-        const auto product = m.height == 16 ? k.tile : k.half_tile;
-        const float *x = tiled + (tile * padded + piece * kDepth) * k.tile_tokens;
+        const float *x = tiled + (tile * padded + piece * kDepth) * wide_;
         for (Index b = 0; b < blocks(); ++b) {
             const Index block = u * blocks() + b;
-            product(own(block), places + block * kDepth, x, kept[block], here, y + b * m.height);
+            k.strip(own(block), m.height, places + block * kDepth, x, wide_, kept[block], here, y + b * m.height * wide_);
         }
     }
 };
@@ -226,6 +246,8 @@ struct IntWork {
     std::uint8_t *weights = nullptr;
     float *scales = nullptr;
 
+    static constexpr bool kStrips = false;
+    Index wide() const { return k.tile_tokens; }
     Index depth() const { return kIntDepth / m.group; }  // groups of a piece
     Index group() const { return 1; }
     void take_room() {
@@ -243,6 +265,95 @@ struct IntWork {
         const Index at = (tile * in.groups + g) * k.tile_tokens;
         const std::uint8_t *steps = in.steps + tile * in.tile_bytes + g * (in.tile_bytes / in.groups);
         k.tile_ints(m, own(u), own_scales(u), steps, in.factors + at, in.begin + at, groups, here, y);
+    }
+};
+
+// Activations of strips, column by column.
+struct IntStrips {
+    const std::uint8_t *inputs;  // [strip][column][token], too large by 128, in the order of strip_place
+    const float *factors;        // [strip][group][token]: the scales
+    Index padded, groups;
+};
+
+// Where a token of a strip lies: every sixteen bytes hold four of each sixteen tokens.
+Index strip_place(Index t) { return t % 16 / 4 * 16 + t / 16 * 4 + t % 4; }
+
+IntStrips strip_ints(const Kernels &k, int group, const float *x, Index columns, Index tokens) {
+    constexpr Index kWide = kStripTokens;
+    const Index strips = (tokens + kWide - 1) / kWide, padded = round_up(columns, group), groups = padded / group;
+    std::uint8_t *inputs = scratch<std::uint8_t, Room::tiled>(strips * padded * kWide);
+    float *factors = scratch<float, Room::factors>(strips * groups * kWide);
+    over_panels(strips * (kWide / 4), 1, [&](Index from, Index to) {
+        std::int8_t *q = scratch<std::int8_t, Room::q>(4 * padded);
+        float *scale = scratch<float, Room::scale>(groups);
+        std::int32_t *total = scratch<std::int32_t, Room::total>(groups);
+        for (Index four = from; four < to; ++four) {
+            const Index strip = four * 4 / kWide, t = four * 4 % kWide;
+            for (Index i = 0; i < 4; ++i) {
+                const Index token = four * 4 + i;
+                if (token < tokens) {
+                    k.quantize(x + token * columns, columns, padded, group, q + i * padded, scale, total);
+                } else {
+                    std::fill(q + i * padded, q + (i + 1) * padded, std::int8_t(0));
+                    std::fill(scale, scale + groups, 0.0f);
+                }
+                for (Index g = 0; g < groups; ++g) factors[(strip * groups + g) * kWide + t + i] = scale[g];
+            }
+            std::uint8_t *out = inputs + strip * padded * kWide + strip_place(t);
+            for (Index c = 0; c < padded; ++c) {
+                const std::uint8_t own[4] = {
+                    std::uint8_t(q[c] + 128), std::uint8_t(q[padded + c] + 128),
+                    std::uint8_t(q[2 * padded + c] + 128), std::uint8_t(q[3 * padded + c] + 128)};
+                std::memcpy(out + c * kWide, own, 4);
+            }
+        }
+    });
+    return {inputs, factors, padded, groups};
+}
+
+// Blocks of 16 or 8 rows of integers: of the columns, those that are kept.
+struct QuadWork {
+    const Kernels &k;
+    const View &m;
+    IntStrips in;
+    std::int8_t *weights = nullptr;
+    float *scales = nullptr;
+    std::int32_t *begin = nullptr, *counts = nullptr;
+    std::uint16_t *places = nullptr;
+    KeptQuads kept[kUnits * 4] = {};
+    static constexpr bool kStrips = true;
+    Index wide() const { return kStripTokens; }
+
+    Index depth() const { return kIntDepth / m.group; }  // groups of a piece
+    Index blocks() const { return kTileRows / m.height; }
+    Index group() const { return 1; }
+    void take_room() {
+        const Index most = kUnits * blocks();
+        weights = scratch<std::int8_t, Room::weights>(most * kIntDepth * m.height);
+        scales = scratch<float, Room::scales>(most * depth() * m.height);
+        begin = scratch<std::int32_t, Room::begin>(most * depth() * m.height);
+        counts = scratch<std::int32_t, Room::counts>(most * depth());
+        places = scratch<std::uint16_t, Room::places>(most * (kIntDepth + 64));
+    }
+    void expand(Index unit, Index piece, Index u) {
+        const Index g = piece * depth(), here = std::min(depth(), in.groups - g);
+        for (Index b = u * blocks(); b < (u + 1) * blocks(); ++b) {
+            const Index panel = unit * blocks() + b - u * blocks();
+            KeptQuads &own = kept[b];
+            own.begin = begin + b * depth() * m.height;
+            own.counts = counts + b * depth();
+            own.columns = places + b * (kIntDepth + 64);
+            if (panel < m.panels)
+                k.quads(m, panel, g, here, weights + b * kIntDepth * m.height, scales + b * depth() * m.height, own);
+            else std::fill(own.counts, own.counts + here, 0);
+        }
+    }
+    void run(Index piece, Index u, Index strip, int here, float *y) const {
+        const Index g = piece * depth(), groups = std::min(depth(), in.groups - g);
+        const std::uint8_t *x = in.inputs + (strip * in.padded + g * m.group) * kStripTokens;
+        for (Index b = 0; b < blocks(); ++b)
+            k.strip_ints(kept[u * blocks() + b], m.height, groups, x, in.factors + (strip * in.groups + g) * kStripTokens,
+                         here, y + b * m.height * kStripTokens);
     }
 };
 
@@ -281,20 +392,22 @@ void multiply_skipping(const Kernels &k, const Factor &f, const float *x, Index 
             }
         }
         const Index top = first * 8, rows = std::min(m.rows - top, count * 8);
-        for (Index t = 0; t < tokens; ++t)
-            for (Index r = 0; r < rows; ++r) {
-                float &y = f.y[t * m.rows + top + r];
-                y = (added ? y : 0.0f) + sums[r * width + t] + (f.bias ? f.bias[top + r] : 0.0f);
-            }
+        for (Index t = 0; !added && t < tokens; t += 8)
+            k.turn(sums + t, width, rows, std::min<Index>(8, tokens - t), f.bias ? f.bias + top : nullptr,
+                   f.y + t * m.rows + top, m.rows);
+        for (Index t = 0; added && t < tokens; ++t)
+            for (Index r = 0; r < rows; ++r)
+                f.y[t * m.rows + top + r] += sums[r * width + t] + (f.bias ? f.bias[top + r] : 0.0f);
     });
 }
 
 // What a product reads of the activations; factors that read the same share it.
-enum class Form { floats, skipped, ints };
+enum class Form { floats, skipped, ints, quads };
 Form form_of(const Kernels &k, const Factor &f) {
     const View &m = f.matrix->view();
     if (m.kind == Kind::bitmask) return Form::skipped;
-    return f.act8 && rounds_inputs(k, m) ? Form::ints : Form::floats;
+    if (!f.act8 || !rounds_inputs(k, m)) return Form::floats;
+    return m.kind == Kind::vector ? Form::quads : Form::ints;
 }
 
 // Whether some weights are left over that expanding the integers leaves out.
@@ -305,11 +418,8 @@ bool has_rest(const Kernels &k, const Factor &f) {
 
 }  // namespace
 
-// Blocks: with floats, what is removed takes no time; integers, if four are multiplied at once, are so
-// much faster that all of them may be.
 bool rounds_inputs(const Kernels &k, const View &m) {
-    if (!is_integer(m.type) || m.kind != Kind::vector) return is_integer(m.type);
-    return k.steps(m) == Steps::bytes && m.kept * 96 > m.rows * m.columns * m.height;
+    return is_integer(m.type) && (m.kind != Kind::vector || k.quads);
 }
 
 void multiply_large(const std::vector<Factor> &factors, const float *x, Index columns, Index tokens) {
@@ -321,18 +431,24 @@ void multiply_large(const std::vector<Factor> &factors, const float *x, Index co
         const Form form = form_of(k, *left.front());
         const auto same = std::stable_partition(left.begin(), left.end(), [&](const Factor *f) {
             const View &other = f->matrix->view();
-            return form_of(k, *f) == form && (form != Form::ints || (other.group == m.group && k.steps(other) == k.steps(m)));
+            return form_of(k, *f) == form && (form < Form::ints || (other.group == m.group && k.steps(other) == k.steps(m)));
         });
         if (form == Form::floats) {
             const Index padded = round_up(columns, kDepth);
-            const float *tiled = tile_floats(x, columns, tokens, padded, k.tile_tokens);
+            const Index wide = k.strip_width(tokens);
+            const float *tiled = tile_floats(x, columns, tokens, padded, wide);
             for (auto f = left.begin(); f != same; ++f) {
                 const Matrix &matrix = *(*f)->matrix;
                 const View &own = matrix.view();
-                if (own.kind == Kind::vector && own.height > 4)
-                    over_tiles(**f, tokens, padded / kDepth, SlotWork{k, own, tiled, padded});
-                else over_tiles(**f, tokens, padded / kDepth, DenseWork{k, matrix, own, tiled, padded});
+                if (own.kind == Kind::vector)
+                    over_tiles(**f, tokens, padded / kDepth, SlotWork{k, own, tiled, padded, wide});
+                else over_tiles(**f, tokens, padded / kDepth, DenseWork{k, matrix, own, tiled, padded, wide});
             }
+        } else if (form == Form::quads) {
+            const IntStrips in = strip_ints(k, m.group, x, columns, tokens);
+            const Index depth = kIntDepth / m.group;
+            for (auto f = left.begin(); f != same; ++f)
+                over_tiles(**f, tokens, (in.groups + depth - 1) / depth, QuadWork{k, (*f)->matrix->view(), in});
         } else if (form == Form::ints) {
             const IntTiles in = tile_ints(k, k.steps(m), m.group, x, columns, tokens);
             const Index depth = kIntDepth / m.group;

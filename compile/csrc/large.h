@@ -163,18 +163,7 @@ INLINE Index each_slot(const View &m, Index panel, Index from, Index to, const E
     return 0;
 }
 
-// Blocks of four rows: as many zeros as there are, for the slots of two blocks are not the same.
-void expand_blocks(const View &m, Index panel, Index from, Index to, float *out) {
-    for (Index k = 0; k < to - from; ++k) std::memset(out + k * kTileRows, 0, 16);
-    each_slot<4>(m, panel, from, to, [&](Index, Index column, int lane, F8 values) {
-        float eight[8], *at = out + (column - from) * kTileRows;
-        store(eight, values);
-        for (int r = 0; r < 4; ++r) at[r] += eight[lane + r];
-    });
-}
-
 void expand(const View &m, Index panel, Index from, Index to, float *out) {
-    if (m.kind == Kind::vector) return expand_blocks(m, panel, from, to, out);
     switch (m.type) {
     case Type::fp32: return expand_of<Type::fp32>(m, panel, from, to, out);
     case Type::bf16: return expand_of<Type::bf16>(m, panel, from, to, out);
@@ -183,57 +172,116 @@ void expand(const View &m, Index panel, Index from, Index to, float *out) {
 }
 
 template <int Height>
-Index slots_of(const View &m, Index panel, Index from, Index to, float *w, std::int32_t *places) {
-    return each_slot<Height>(m, panel, from, to, [&](Index slot, Index column, int row, F8 values) {
-        store(w + slot * Height + row, values);
-        places[slot] = std::int32_t(column - from) * kTile;
+Index slots_of(const View &m, Index panel, Index from, Index to, Index wide, float *w, std::int32_t *places) {
+    return each_slot<Height>(m, panel, from, to, [&](Index slot, Index column, int lane, F8 values) {
+        if constexpr (Height == 4) {
+            float eight[8];
+            store(eight, values);
+            std::memcpy(w + slot * 4, eight + lane, 16);
+        } else {
+            store(w + slot * Height + lane, values);
+        }
+        places[slot] = std::int32_t((column - from) * wide);
     });
 }
 
-Index slots(const View &m, Index panel, Index from, Index to, float *w, std::int32_t *places) {
-    return m.height == 16 ? slots_of<16>(m, panel, from, to, w, places)
-                          : slots_of<8>(m, panel, from, to, w, places);
+Index slots(const View &m, Index panel, Index from, Index to, Index wide, float *w, std::int32_t *places) {
+    const auto own = m.height == 16 ? slots_of<16> : m.height == 8 ? slots_of<8> : slots_of<4>;
+    return own(m, panel, from, to, wide, w, places);
 }
 
-template <typename F, int T, int Parts, bool Placed>
-APART void tile_of(const float *w, const std::int32_t *place, const float *x, Index count,
-                    float *y) {
-    typename F::V acc[T][Parts];
+// ---------------------------------------------------------------------------------------- tiles
+
+// A strip has rows times vectors of tokens as sums, as many as registers hold beside what they are made
+// of: what is loaded of the activations is used for all of the rows, and a weight for all of the vectors.
+constexpr int kStripVectors = 3;
+constexpr int kStripRows = Widest::lanes == 16 ? 8 : 4;
+
+Index strip_width(Index tokens) {
+    const Index vectors = (tokens + Widest::lanes - 1) / Widest::lanes;
+    const Index strips = (vectors + kStripVectors - 1) / kStripVectors;
+    return (vectors + strips - 1) / strips * Widest::lanes;
+}
+
+template <int Rows, int Vectors, bool Placed>
+APART void strip_of(const float *w, int height, const std::int32_t *place, const float *x, Index wide,
+                    Index count, float *y) {
+    Widest::V acc[Rows][Vectors];
+    for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < Vectors; ++v) acc[r][v] = Widest::load(y + r * wide + Widest::lanes * v);
+    for (Index n = 0; n < count; ++n, w += height) {
+        const float *inputs = x + (Placed ? place[n] : n * wide);
+        Widest::V in[Vectors];
+        for (int v = 0; v < Vectors; ++v) in[v] = Widest::load(inputs + Widest::lanes * v);
+        for (int r = 0; r < Rows; ++r) {
+            const Widest::V weight = Widest::set1(w[r]);
+            for (int v = 0; v < Vectors; ++v) acc[r][v] = fma(weight, in[v], acc[r][v]);
+        }
+    }
+    for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < Vectors; ++v) store(y + r * wide + Widest::lanes * v, acc[r][v]);
+}
+
+template <int Rows, int Vectors>
+void strip_rows(const float *w, int height, const std::int32_t *place, const float *x, Index wide,
+                Index count, float *y) {
+    const auto own = place ? strip_of<Rows, Vectors, true> : strip_of<Rows, Vectors, false>;
+    for (int r = 0; r < height; r += Rows) own(w + r, height, place, x, wide, count, y + r * wide);
+}
+
+void strip(const float *w, int height, const std::int32_t *place, const float *x, Index wide, Index count,
+           int tokens, float *y) {
+    constexpr int kLanes = Widest::lanes;
+    const auto own = height == 4           ? (tokens > 2 * kLanes ? strip_rows<4, 3> : tokens > kLanes ? strip_rows<4, 2> : strip_rows<4, 1>)
+                     : tokens > 2 * kLanes ? strip_rows<kStripRows, 3>
+                     : tokens > kLanes     ? strip_rows<kStripRows, 2>
+                                           : strip_rows<8, 1>;
+    own(w, height, place, x, wide, count, y);
+}
+
+void turn(const float *from, Index wide, Index rows, Index tokens, const float *bias, float *y, Index stride) {
+    Index r = 0;
+    for (; r + 8 <= rows; r += 8) {
+        const F8 added = bias ? load(bias + r) : zero();
+        F8 x[8];
+        for (int i = 0; i < 8; ++i) x[i] = load(from + (r + i) * wide);
+        transpose(x);
+        for (Index t = 0; t < tokens; ++t) store(y + t * stride + r, add(x[t], added));
+    }
+    for (; r < rows; ++r)
+        for (Index t = 0; t < tokens; ++t)
+            y[t * stride + r] = from[r * wide + t] + (bias ? bias[r] : 0.0f);
+}
+
+template <int T>
+APART void tile_of(const float *w, const float *x, Index count, float *y) {
+    constexpr int kParts = kTileRows / Widest::lanes;
+    Widest::V acc[T][kParts];
     for (int t = 0; t < T; ++t)
-        for (int i = 0; i < Parts; ++i) acc[t][i] = F::load(y + t * kTileRows + F::lanes * i);
-    for (Index n = 0; n < count; ++n) {
-        typename F::V weights[Parts];
-        for (int i = 0; i < Parts; ++i, w += F::lanes) weights[i] = F::load(w);
-        const float *inputs = Placed ? x + place[n] : x + n * kTile;
+        for (int i = 0; i < kParts; ++i) acc[t][i] = Widest::load(y + t * kTileRows + Widest::lanes * i);
+    for (Index n = 0; n < count; ++n, x += kTile) {
+        Widest::V weights[kParts];
+        for (int i = 0; i < kParts; ++i, w += Widest::lanes) weights[i] = Widest::load(w);
         for (int t = 0; t < T; ++t) {
-            const typename F::V input = F::set1(inputs[t]);
-            for (int i = 0; i < Parts; ++i) acc[t][i] = fma(weights[i], input, acc[t][i]);
+            const Widest::V input = Widest::set1(x[t]);
+            for (int i = 0; i < kParts; ++i) acc[t][i] = fma(weights[i], input, acc[t][i]);
         }
     }
     for (int t = 0; t < T; ++t)
-        for (int i = 0; i < Parts; ++i) store(y + t * kTileRows + F::lanes * i, acc[t][i]);
+        for (int i = 0; i < kParts; ++i) store(y + t * kTileRows + Widest::lanes * i, acc[t][i]);
 }
 
-template <typename F, int Parts, bool Placed, int... Before>
-void tile_with(std::integer_sequence<int, Before...>, const float *w, const std::int32_t *place,
-               const float *x, Index count, int tokens, float *y) {
-    static constexpr decltype(&tile_of<F, 1, Parts, Placed>) kOf[] = {
-        tile_of<F, Before + 1, Parts, Placed>...};
-    kOf[tokens - 1](w, place, x, count, y);
+template <int... Before>
+void tile_with(std::integer_sequence<int, Before...>, const float *w, const float *x, Index count,
+               int tokens, float *y) {
+    static constexpr decltype(&tile_of<1>) kOf[] = {tile_of<Before + 1>...};
+    kOf[tokens - 1](w, x, count, y);
 }
 
 using Widths = std::make_integer_sequence<int, kTile>;
 
-void tile(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
-          float *y) {
-    constexpr int kParts = kTileRows / Widest::lanes;
-    if (place) tile_with<Widest, kParts, true>(Widths(), w, place, x, count, tokens, y);
-    else tile_with<Widest, kParts, false>(Widths(), w, place, x, count, tokens, y);
-}
-
-void half_tile(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
-               float *y) {
-    tile_with<Eight, 1, true>(Widths(), w, place, x, count, tokens, y);
+void tile(const float *w, const float *x, Index count, int tokens, float *y) {
+    tile_with(Widths(), w, x, count, tokens, y);
 }
 
 // ---------------------------------------------------------------------------------- skipped zeros

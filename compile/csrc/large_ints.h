@@ -185,4 +185,8 @@ void tile_ints(const View &m, const std::uint8_t *w, const float *scales, const 
     else tile_ints_of<kTile>(m, w, scales, x, factors, begin, groups, y);
 }
 
+// Blocks multiply in floats.
+constexpr decltype(Kernels::quads) quads = nullptr;
+constexpr decltype(Kernels::strip_ints) strip_ints = nullptr;
+
 }  // namespace isa::ISA

@@ -12,7 +12,6 @@ namespace isa::ISA {
 Steps steps(const View &) { return Steps::bytes; }
 
 // uint8, too large by 128.
-INLINE B32 raised(B32 x) { return _mm256_xor_si256(x, set1_byte(-128)); }
 INLINE __m512i raised(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
 template <Type V> INLINE B32 signed_quad(B32 bytes, int quad) {
     if constexpr (V == Type::int8) return bytes;
@@ -106,77 +105,6 @@ void expand_picked(Panels p, Index first, Index groups, std::uint8_t *out, float
     }
 }
 
-// For a byte shuffle: the weights of a quad to the columns of a step that the nibble says are kept.
-struct Nibbles {
-    alignas(64) std::uint8_t v[16][16];
-};
-constexpr Nibbles find_nibbles() {
-    Nibbles places{};
-    for (int nibble = 0; nibble < 16; ++nibble)
-        for (int i = 0, rank = 0; i < 16; ++i) {
-            if (i % 4 == 0) rank = 0;
-            places.v[nibble][i] = std::uint8_t(nibble >> i % 4 & 1 ? i / 4 * 4 + rank++ : 255);
-        }
-    return places;
-}
-inline constexpr Nibbles kNibbles = find_nibbles();
-
-// Blocks of R rows, R = 4 in the lower half of vectors. `lane`: the first of these rows within the tile.
-template <Type V, int Height>
-void expand_blocks(const View &m, Index panel, int lane, Index first, Index groups, std::uint8_t *out,
-                   float *scales) {
-    constexpr int kHalves = Height == 16 ? 2 : 1, kQuads = V == Type::int4 ? 2 : 1;
-    constexpr int kStep = (Height == 4 ? 8 : 4) * kQuads;  // slots of a vector
-    const std::uint8_t *bits = m.data + m.starts[panel];
-    const auto *factors = reinterpret_cast<const std::uint16_t *>(bits + round_up(m.padded / 8, 32));
-    const auto *p = reinterpret_cast<const std::uint8_t *>(factors + m.padded / m.group * kHalves * 8);
-    const auto word = [&](Index g) {
-        std::uint64_t kept = 0;
-        std::memcpy(&kept, bits + g * m.group / 8, std::size_t(m.group / 8));
-        return kept;
-    };
-    const auto size = [&](std::uint64_t kept) {
-        return Index(__builtin_popcountll(kept) + kStep - 1) / kStep * kHalves * 32;
-    };
-    // The quad that slot `slot` begins, of rows 8 h on.
-    const auto quad_at = [&](int quad, int h) {
-        if constexpr (Height == 4) {
-            const std::uint8_t *at = p + quad / (2 * kQuads) * 32 + quad % 2 * 16;
-            const B32 bytes = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
-            return signed_quad<V>(bytes, quad / 2 % kQuads);
-        } else {
-            return signed_quad<V>(load(p + (quad / kQuads * kHalves + h) * 32), quad % kQuads);
-        }
-    };
-    for (Index g = 0; g < first; ++g) p += size(word(g));
-    out += 4 * lane;
-    for (Index g = first; g < first + groups; ++g, scales += kTileRows) {
-        for (int h = 0; h < kHalves; ++h) {
-            const F8 own = load_half(factors + (g * kHalves + h) * 8);
-            if (Height == 4) _mm_storeu_ps(scales + lane, _mm256_castps256_ps128(own));
-            else store(scales + lane + 8 * h, own);
-        }
-        const std::uint64_t kept = word(g);
-        const int last = std::max(0, __builtin_popcountll(kept) - 1) / 4;  // no quad behind it is read
-        std::uint64_t left = kept;
-        for (int step = 0, slot = 0; step < m.group / 4; ++step, left >>= 4, out += 64) {
-            const int nibble = int(left & 15), shift = slot % 4 * 8;
-            const B32 places = _mm256_broadcastsi128_si256(
-                _mm_load_si128(reinterpret_cast<const __m128i *>(kNibbles.v[nibble])));
-            for (int h = 0; h < kHalves; ++h) {
-                const B32 low = _mm256_srl_epi32(quad_at(std::min(slot / 4, last), h), _mm_cvtsi32_si128(shift));
-                const B32 high = _mm256_sll_epi32(quad_at(std::min(slot / 4 + 1, last), h), _mm_cvtsi32_si128(32 - shift));
-                const B32 dense = raised(pick_bytes(either(low, high), places));
-                if (Height == 4)
-                    _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm256_castsi256_si128(dense));
-                else store(out + 32 * h, dense);
-            }
-            slot += __builtin_popcount(unsigned(nibble));
-        }
-        p += size(kept);
-    }
-}
-
 // What is left over of a panel of eight rows, as the integers that it was made of.
 void add_left_over(const View &m, Index panel, int lane, Index first, Index groups, std::uint8_t *out,
                    const float *scales) {
@@ -197,26 +125,16 @@ void add_left_over(const View &m, Index panel, int lane, Index first, Index grou
 }
 
 void expand_ints(const View &m, Index unit, Index first, Index groups, std::uint8_t *out, float *scales) {
-    const Index panels = kTileRows / m.height;  // of a unit; the last may have fewer
-    const auto panel = [&](Index i) { return std::min(unit * panels + i, m.panels - 1); };
-    if (m.kind == Kind::vector) {
-        const auto blocks = m.type == Type::int8
-            ? (m.height == 16 ? expand_blocks<Type::int8, 16> : m.height == 8 ? expand_blocks<Type::int8, 8>
-                                                                              : expand_blocks<Type::int8, 4>)
-            : (m.height == 16 ? expand_blocks<Type::int4, 16> : m.height == 8 ? expand_blocks<Type::int4, 8>
-                                                                              : expand_blocks<Type::int4, 4>);
-        for (Index i = 0; i < panels; ++i)
-            blocks(m, panel(i), int(i) * m.height, first, groups, out, scales);
-        return;
-    }
-    const Panels both{m.data + m.starts[panel(0)], m.data + m.starts[panel(1)],
-                      ahead_of(m, unit * panels)};
+    const Index last = m.panels - 1;  // which may be the first of a unit
+    const Index low = unit * 2, high = std::min(unit * 2 + 1, last);
+    const Panels both{m.data + m.starts[low], m.data + m.starts[high], ahead_of(m, low)};
     with_known(m, [&](auto type, auto group, auto keep) {
         if constexpr (keep.value == 0) expand_dense<type.value, group.value>(both, first, groups, out, scales);
         else expand_picked<type.value, group.value, keep.value>(both, first, groups, out, scales);
     });
-    for (Index i = 0; m.rest_starts && i < panels; ++i)
-        add_left_over(m, panel(i), int(i) * 8, first, groups, out, scales);
+    if (!m.rest_starts) return;
+    add_left_over(m, low, 0, first, groups, out, scales);
+    add_left_over(m, high, 8, first, groups, out, scales);
 }
 
 // Every int32 of the sum: plus four uint8 of the weights times the four int8 at x. The compiler would copy the
@@ -258,6 +176,164 @@ void tile_ints_with(std::integer_sequence<int, Before...>, int group, const std:
 void tile_ints(const View &m, const std::uint8_t *w, const float *scales, const std::uint8_t *x,
                const float *factors, const std::int32_t *begin, Index groups, int tokens, float *y) {
     tile_ints_with(Widths(), m.group, w, scales, x, factors, begin, groups, tokens, y);
+}
+
+// ------------------------------------------------------------------------------------------ strips
+
+struct AllColumns {
+    alignas(64) std::uint8_t v[64];
+};
+constexpr AllColumns find_all_columns() {
+    AllColumns all{};
+    for (int i = 0; i < 64; ++i) all.v[i] = std::uint8_t(i);
+    return all;
+}
+inline constexpr AllColumns kAllColumns = find_all_columns();
+
+// The sums of a strip: every int32 of it plus four int8 of the weights times the four uint8 at x.
+INLINE void add_quads(__m512i &sum, __m512i x, __m512i weights) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weights));
+}
+
+template <Type V, int Height>
+void quads_of(const View &m, Index panel, Index first, Index groups, std::int8_t *room, float *scales,
+              KeptQuads &out) {
+    constexpr int kHalves = Height == 16 ? 2 : 1, kQuads = V == Type::int4 ? 2 : 1;
+    constexpr int kStep = (Height == 4 ? 8 : 4) * kQuads;  // slots of a vector
+    const std::uint8_t *bits = m.data + m.starts[panel];
+    const auto *factors = reinterpret_cast<const std::uint16_t *>(bits + round_up(m.padded / 8, 32));
+    const auto *p = reinterpret_cast<const std::uint8_t *>(factors + m.padded / m.group * kHalves * 8);
+    const auto word = [&](Index g) {
+        std::uint64_t kept = 0;
+        std::memcpy(&kept, bits + g * m.group / 8, std::size_t(m.group / 8));
+        return kept;
+    };
+    const auto size = [](int kept) { return Index(kept + kStep - 1) / kStep * kHalves * 32; };
+    // The weights of a quad, of rows 8 h on; of four rows in the lower half.
+    const auto quad_at = [&](int quad, int h) {
+        if constexpr (Height == 4) {
+            const std::uint8_t *at = p + quad / (2 * kQuads) * 32 + quad % 2 * 16;
+            const B32 bytes = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
+            return signed_quad<V>(bytes, quad / 2);
+        } else {
+            return signed_quad<V>(load(p + (quad / kQuads * kHalves + h) * 32), quad);
+        }
+    };
+    for (Index g = 0; g < first; ++g) p += size(__builtin_popcountll(word(g)));
+    constexpr bool kCopied = V == Type::int4 || Height == 4;  // of four rows, the last quad of a group may be filled up
+    out.weights = !kCopied ? reinterpret_cast<const std::int8_t *>(p) : room;
+    out.scales = scales;
+    const __m512i all = _mm512_load_si512(kAllColumns.v);
+    std::uint16_t *columns = out.columns;
+    for (Index g = 0; g < groups; ++g) {
+        const std::uint64_t kept = word(first + g);
+        const int count = __builtin_popcountll(kept), quads = (count + 3) / 4;
+        const __m512i own = _mm512_maskz_compress_epi8(kept, all), from = _mm512_set1_epi16(short(g * m.group));
+        _mm512_storeu_si512(columns, _mm512_add_epi16(from, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(own))));
+        _mm512_storeu_si512(columns + 32, _mm512_add_epi16(from, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(own, 1))));
+        columns += quads * 4;
+        out.counts[g] = quads;
+        B32 sums[kHalves];
+        for (int h = 0; h < kHalves; ++h) sums[h] = zero_bytes();
+        for (int quad = 0; quad < quads; ++quad)
+            for (int h = 0; h < kHalves; ++h) {
+                const B32 weights = quad_at(quad, h);
+                sums[h] = _mm256_dpbusd_epi32(sums[h], set1_byte(-128), weights);
+                if constexpr (kCopied) {
+                    store(reinterpret_cast<std::uint8_t *>(room), weights);
+                    room += Height == 4 ? 16 : 32;
+                }
+            }
+        p += size(count);
+        for (int h = 0; h < kHalves; ++h) {
+            const F8 own_scales = load_half(factors + ((first + g) * kHalves + h) * 8);
+            const B32 begin = _mm256_sub_epi32(zero_bytes(), sums[h]);
+            const Index at = g * Height + 8 * h;
+            if constexpr (Height == 4) {
+                _mm_storeu_ps(scales + at, _mm256_castps256_ps128(own_scales));
+                _mm_storeu_si128(reinterpret_cast<__m128i *>(out.begin + at), _mm256_castsi256_si128(begin));
+            } else {
+                store(scales + at, own_scales);
+                store(reinterpret_cast<std::uint8_t *>(out.begin + at), begin);
+            }
+        }
+    }
+}
+
+void quads(const View &m, Index panel, Index first, Index groups, std::int8_t *weights, float *scales,
+           KeptQuads &out) {
+    const auto own = m.type == Type::int8 ? (m.height == 16  ? quads_of<Type::int8, 16>
+                                             : m.height == 8 ? quads_of<Type::int8, 8>
+                                                             : quads_of<Type::int8, 4>)
+                                          : (m.height == 16  ? quads_of<Type::int4, 16>
+                                             : m.height == 8 ? quads_of<Type::int4, 8>
+                                                             : quads_of<Type::int4, 4>);
+    own(m, panel, first, groups, weights, scales, out);
+}
+
+// The activations of a quad's columns, column by column, to its four bytes of every token.
+template <int Vectors>
+INLINE void gather_quad(const std::uint8_t *x, const std::uint16_t *columns, std::uint8_t *out) {
+    __m512i own[4];
+    for (int i = 0; i < 4; ++i) own[i] = _mm512_loadu_si512(x + Index(columns[i]) * kStripTokens);
+    const __m512i a = _mm512_unpacklo_epi8(own[0], own[1]), b = _mm512_unpacklo_epi8(own[2], own[3]);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi16(a, b));
+    if constexpr (Vectors > 1) _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi16(a, b));
+    if constexpr (Vectors > 2) {
+        const __m512i c = _mm512_unpackhi_epi8(own[0], own[1]), d = _mm512_unpackhi_epi8(own[2], own[3]);
+        _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi16(c, d));
+        if constexpr (Vectors > 3) _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(c, d));
+    }
+}
+
+template <int Rows, int Vectors>
+APART void strip_bytes(const KeptQuads &q, int height, Index groups, const std::uint8_t *x,
+                       const float *factors, float *y) {
+    alignas(64) std::uint8_t inputs[16 * Vectors * 64];
+    const std::int8_t *weights = q.weights;
+    const std::uint16_t *columns = q.columns;
+    const std::int32_t *counts = q.counts, *begin = q.begin;
+    const float *scales = q.scales;
+    for (Index g = 0; g < groups; ++g, factors += kStripTokens, begin += height, scales += height) {
+        const int quads = counts[g];
+        for (int quad = 0; quad < quads; ++quad, columns += 4)
+            gather_quad<Vectors>(x, columns, inputs + quad * Vectors * 64);
+        const std::uint8_t *end = inputs + quads * Vectors * 64;
+        for (int top = 0; top < (quads ? height : 0); top += Rows) {
+            __m512i acc[Rows][Vectors];
+            for (int r = 0; r < Rows; ++r)
+                for (int v = 0; v < Vectors; ++v) acc[r][v] = _mm512_set1_epi32(begin[top + r]);
+            const std::int8_t *w = weights + top * 4;
+            for (const std::uint8_t *in = inputs; in < end; in += Vectors * 64, w += height * 4) {
+                __m512i own[Vectors];
+                for (int v = 0; v < Vectors; ++v) own[v] = _mm512_load_si512(in + v * 64);
+                for (int r = 0; r < Rows; ++r) {
+                    std::int32_t four;
+                    std::memcpy(&four, w + 4 * r, 4);
+                    const __m512i quad = _mm512_set1_epi32(four);
+                    for (int v = 0; v < Vectors; ++v) add_quads(acc[r][v], own[v], quad);
+                }
+            }
+            __m512 factor[Vectors];
+            for (int v = 0; v < Vectors; ++v) factor[v] = Widest::load(factors + 16 * v);
+            for (int r = 0; r < Rows; ++r) {
+                const __m512 scale = Widest::set1(scales[top + r]);
+                float *to = y + (top + r) * kStripTokens;
+                for (int v = 0; v < Vectors; ++v)
+                    store(to + 16 * v, fma(_mm512_cvtepi32_ps(acc[r][v]), mul(scale, factor[v]),
+                                           Widest::load(to + 16 * v)));
+            }
+        }
+        weights += quads * height * 4;
+    }
+}
+
+void strip_ints(const KeptQuads &q, int rows, Index groups, const std::uint8_t *x, const float *factors,
+                int tokens, float *y) {
+    static constexpr decltype(&strip_bytes<4, 1>) kOf[2][4] = {
+        {strip_bytes<4, 1>, strip_bytes<4, 2>, strip_bytes<4, 3>, strip_bytes<4, 4>},
+        {strip_bytes<8, 1>, strip_bytes<8, 2>, strip_bytes<4, 3>, strip_bytes<4, 4>}};
+    kOf[rows > 4][(tokens - 1) / 16](q, rows, groups, x, factors, y);
 }
 
 }  // namespace isa::ISA

@@ -103,6 +103,17 @@ constexpr int kTokens = 4;      // the most that a small product takes at once
 constexpr int kMostTile = 12;   // tokens of a tile of a large product, at most
 constexpr int kTileRows = 16;
 
+// What is kept of some groups of columns of a panel of blocks of H = 16 or 8 rows of integers, four columns
+// at a time: the quads. Of each group the last may be filled up with weights of 0.
+struct KeptQuads {
+    const std::int8_t *weights;  // [quad][H][4]
+    const float *scales;         // [group][H]
+    std::int32_t *begin;         // [group][H]: minus 128 times the sum of the weights
+    std::uint16_t *columns;      // [quad][4], counted from the first of the columns
+    std::int32_t *counts;        // of each group how many quads
+};
+constexpr int kStripTokens = 64;  // of integers
+
 // The kernels of one instruction set. `scratch`: 16 * padded + 4096 bytes.
 struct Squeeze;
 struct Spread;
@@ -120,19 +131,27 @@ struct Kernels {
     // Quantise a row of x in groups: q [padded], scale and total [groups].
     void (*quantize)(const float *x, Index columns, Index padded, int group, std::int8_t *q,
                      float *scale, std::int32_t *total);
-    // Columns [from, to) of a panel, of whole windows of 256: out[(k - from) * kTileRows + row]. Dense
-    // or N:M floats, or blocks of four rows.
+    // Columns [from, to) of a panel of dense or N:M floats, of whole windows of 256:
+    // out[(k - from) * kTileRows + row].
     void (*expand)(const View &, Index panel, Index from, Index to, float *out);
-    // The same of a panel of blocks of H = 16 or 8 rows, at most one a column: w[slot * H + row],
-    // and of each slot (its column - from) * tile_tokens. Returns how many there are.
-    Index (*slots)(const View &, Index panel, Index from, Index to, float *w, std::int32_t *places);
-    // y[t * kTileRows + row] += sum over n of w[n * kTileRows + row] * x[place[n] + t] for
-    // t < tokens <= tile_tokens; place[n] = n * tile_tokens if it is null.
-    void (*tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
-                 float *y);
-    // The same for eight rows, w[n * 8 + row].
-    void (*half_tile)(const float *w, const std::int32_t *place, const float *x, Index count, int tokens,
-                      float *y);
+    // The same of a panel of blocks of H rows: w[slot * H + row], and of each slot (its column - from) *
+    // wide. Returns how many there are.
+    Index (*slots)(const View &, Index panel, Index from, Index to, Index wide, float *w,
+                   std::int32_t *places);
+    // How many of so many tokens a strip had best have.
+    Index (*strip_width)(Index tokens);
+    // The lanes being tokens, of 4, 8 or 16 rows: y[row * wide + t] += sum over n of w[n * rows + row] *
+    // x[place[n] + t] for t < tokens <= wide; place[n] = n * wide if it is null. What lies behind the
+    // tokens, up to `wide`, may be added, too.
+    void (*strip)(const float *w, int rows, const std::int32_t *place, const float *x, Index wide,
+                  Index count, int tokens, float *y);
+    // What strips have summed, of up to 8 tokens: y[t * stride + row] = from[row * wide + t] + bias[row], the
+    // bias 0 if it is null; 8 tokens of each row are read.
+    void (*turn)(const float *from, Index wide, Index rows, Index tokens, const float *bias, float *y,
+                 Index stride);
+    // The lanes being rows: y[t * kTileRows + row] += sum over n of w[n * kTileRows + row] *
+    // x[n * tile_tokens + t] for t < tokens <= tile_tokens.
+    void (*tile)(const float *w, const float *x, Index count, int tokens, float *y);
     // The kept weights of columns [from, to) of the 8 rows of a panel, and of each its column - from:
     // of a bitmask all, else those that are left over. counts[r] of row r, from weights[r * listed]
     // on; 8 more may be written. *read: 0 for the first columns, then what the call before left.
@@ -155,6 +174,16 @@ struct Kernels {
     void (*tile_ints)(const View &, const std::uint8_t *w, const float *scales,
                       const std::uint8_t *x, const float *factors, const std::int32_t *begin,
                       Index groups, int tokens, float *y);
+    // Blocks of integers, or null where they are no faster so: the quads of `groups` groups from the first
+    // on of a panel, int4 as bytes; what they hold is written to `out`, but for weights that are used
+    // where they lie.
+    void (*quads)(const View &, Index panel, Index first, Index groups, std::int8_t *weights, float *scales,
+                  KeptQuads &out);
+    // y[row * kStripTokens + t] += sum over groups of scales * factors[group * kStripTokens + t] * (begin +
+    // sum of the group's weights * x), for t < tokens <= kStripTokens; x [column][kStripTokens] is too
+    // large by 128, and its tokens lie in the order of strip_place.
+    void (*strip_ints)(const KeptQuads &, int rows, Index groups, const std::uint8_t *x, const float *factors,
+                       int tokens, float *y);
     // A row of a weight of `width` bytes a value to stored values and nibbles, see semi_structured.h;
     // bits: the kept columns, or null. False: a group keeps too many.
     bool (*compress_row)(const Squeeze &, int width, const std::uint8_t *row, const std::uint8_t *bits,

@@ -113,20 +113,13 @@ void multiply_small(const std::vector<Factor> &factors, const float *x, Index co
     });
 }
 
-constexpr Index kFewInBlocks = 3;  // integers in blocks that many tokens may round their inputs for, too
-
-Index few_tokens(const Kernels &k, const View &m) {
-    const bool alike = is_integer(m.type) && m.kind == Kind::vector && rounds_inputs(k, m);
-    return alike ? kFewInBlocks : k.few_tokens(m);
-}
-
 std::atomic<const Kernels *> chosen{nullptr};
 
 }  // namespace
 
 bool rounds_inputs(const View &m, Index tokens) {
     const Kernels &k = kernels();
-    return tokens <= few_tokens(k, m) ? is_integer(m.type) : rounds_inputs(k, m);
+    return tokens <= k.few_tokens(m) ? is_integer(m.type) : rounds_inputs(k, m);
 }
 
 std::vector<const Kernels *> usable_kernels() {
@@ -162,7 +155,7 @@ void multiply(const std::vector<Factor> &factors, const float *x, Index columns,
     std::vector<Factor> small, large;
     for (const Factor &f : factors) {
         const View &m = f.matrix->view();
-        (tokens <= few_tokens(kernels(), m) && (f.act8 || !is_integer(m.type)) ? small : large).push_back(f);
+        (tokens <= kernels().few_tokens(m) && (f.act8 || !is_integer(m.type)) ? small : large).push_back(f);
     }
     if (!small.empty()) multiply_small(small, x, columns, tokens);
     if (!large.empty()) multiply_large(large, x, columns, tokens);

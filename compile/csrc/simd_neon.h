@@ -3,6 +3,8 @@
 
 #include <arm_neon.h>
 
+#include <utility>
+
 #include "layout.h"
 #include "masks.h"
 
@@ -39,6 +41,21 @@ INLINE F8 add(F8 a, F8 b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b
 INLINE F8 mul(F8 a, F8 b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
 INLINE F8 fma(F8 a, F8 b, F8 c) {
     return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
+}
+INLINE void transpose4(float32x4_t &a, float32x4_t &b, float32x4_t &c, float32x4_t &d) {
+    const float64x2_t low = vreinterpretq_f64_f32(vtrn1q_f32(a, b)), high = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+    const float64x2_t low2 = vreinterpretq_f64_f32(vtrn1q_f32(c, d)), high2 = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+    a = vreinterpretq_f32_f64(vtrn1q_f64(low, low2));
+    b = vreinterpretq_f32_f64(vtrn1q_f64(high, high2));
+    c = vreinterpretq_f32_f64(vtrn2q_f64(low, low2));
+    d = vreinterpretq_f32_f64(vtrn2q_f64(high, high2));
+}
+INLINE void transpose(F8 (&x)[8]) {
+    for (int i = 0; i < 8; i += 4) {
+        transpose4(x[i].low, x[i + 1].low, x[i + 2].low, x[i + 3].low);
+        transpose4(x[i].high, x[i + 1].high, x[i + 2].high, x[i + 3].high);
+    }
+    for (int i = 0; i < 4; ++i) std::swap(x[i].high, x[i + 4].low);
 }
 INLINE F8 divide(F8 a, F8 b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
 INLINE F8 greatest(F8 a, F8 b) { return {vmaxq_f32(a.low, b.low), vmaxq_f32(a.high, b.high)}; }

@@ -1,6 +1,8 @@
 // The operations that the kernels are written in, in plain C++: what the others must equal.
 #pragma once
 
+#include <utility>
+
 #include "layout.h"
 
 namespace isa::plain {
@@ -57,6 +59,10 @@ INLINE F8 zero() { return set1(0.0f); }
 INLINE F8 load(const float *p) { return each_float([&](int i) { return p[i]; }); }
 INLINE void store(float *p, F8 x) { std::memcpy(p, x.v, 32); }
 INLINE F8 add(F8 a, F8 b) { return each_float([&](int i) { return a.v[i] + b.v[i]; }); }
+INLINE void transpose(F8 (&x)[8]) {
+    for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < i; ++j) std::swap(x[i].v[j], x[j].v[i]);
+}
 INLINE F8 mul(F8 a, F8 b) { return each_float([&](int i) { return a.v[i] * b.v[i]; }); }
 INLINE F8 fma(F8 a, F8 b, F8 c) {
     return each_float([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });

@@ -8,8 +8,9 @@ namespace isa::ISA {
 Index few_tokens(const View &m) {
 #if SIMD_NUMBER(ISA) == SIMD_avx512
     if (m.kind == Kind::bitmask) return 5;
-    if (is_integer(m.type)) return m.kind == Kind::vector ? 16 : 8;
-    return m.kind == Kind::nm ? 24 : m.kind == Kind::vector ? 16 : 8;
+    if (is_integer(m.type)) return m.kind == Kind::vector ? 6 : 8;
+    if (m.kind == Kind::vector) return m.height == 16 ? 24 : m.height == 8 ? 11 : 9;
+    return m.kind == Kind::nm ? 24 : 8;
 #else
     if (m.kind == Kind::bitmask) return 12;
     return m.kind == Kind::nm && !is_integer(m.type) ? 32 : 16;

@@ -130,7 +130,7 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
         const float *scales = cache_.key_scales(index, page, unit.head);
         for (Index b = 0; b < blocks; ++b) {
             float y[kMostTile * kTileRows] = {};
-            products.tile(keys, nullptr, queries + b * d.head_dim * wide, d.head_dim, rows_of(b), y);
+            products.tile(keys, queries + b * d.head_dim * wide, d.head_dim, rows_of(b), y);
             for (Index r = 0; r < rows_of(b); ++r) {
                 float *out = scores + (b * wide + r) * width + p * kPageTokens;
                 for (Index i = 0; i < kPageTokens; ++i)
@@ -162,7 +162,7 @@ void Decoder::attend(const Batch &batch, Index index, const Unit &unit) {
                 for (Index i = 0; i < here; ++i) weights[i * wide + r] = scales ? own[i] * scales[i] : own[i];
             }
             for (Index c = 0; c < chunks; ++c)
-                products.tile(values + c * kPageTokens * kTileRows, nullptr, weights, here, rows_of(b),
+                products.tile(values + c * kPageTokens * kTileRows, weights, here, rows_of(b),
                               sums + (b * chunks + c) * tile);
         }
     }
