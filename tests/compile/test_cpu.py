@@ -141,9 +141,11 @@ def test_a_wide_matrix(pattern: str, value_type: cpu.Values) -> None:
 
 
 @pytest.mark.parametrize("value_type", ["fp32", "int8", "int4"])
-@pytest.mark.parametrize("pattern", ["dense", "2:4", "90%", "75%@4x1", "50%@8x1", "90%@8x1", "90%@16x1"])
+@pytest.mark.parametrize(
+    "pattern", ["dense", "2:4", "90%", "75%@4x1", "50%@8x1", "90%@8x1", "90%@16x1"]
+)
 def test_more_tokens_and_rows_than_one_round_takes(pattern: str, value_type: cpu.Values) -> None:
-    """Two batches of tokens, several pieces of columns, several groups of rows for each thread."""
+    """Two batches of tokens, pieces of columns, several groups of rows for each thread."""
     rng = np.random.default_rng(5)
     weight = make_weight(rng, (400, 1300), pattern, value_type, 64)
     matrix = weight.pack()
