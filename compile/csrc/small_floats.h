@@ -7,7 +7,7 @@
 namespace isa::ISA {
 
 // Bytes ahead of the stream that are asked for: what kept the memory busy where it was measured.
-constexpr Index kAheadFloat = 2048, kAheadInt = 2048;
+constexpr Index kAheadFloat = 4096, kAheadInt = 4096;
 
 // Into the cache behind the nearest one: for what another pass over the rows will read.
 INLINE void fetch(const std::uint8_t *p) { __builtin_prefetch(p, 0, 2); }
@@ -162,6 +162,64 @@ INLINE void sixteen_slots(const View &m, const std::uint8_t *p, const Rows<T> &i
         }
     for (int t = 0; t < T; ++t) store(y + t * stride, add(acc[t][0], acc[t][1]));
 }
+
+// A chunk as it lies there.
+template <Type V> INLINE __m512 load_whole(const std::uint8_t *p) {
+    if constexpr (V == Type::fp32) return _mm512_loadu_ps(p);
+    else if constexpr (V == Type::fp16) return _mm512_cvtph_ps(load(p));
+    else return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load(p)), 16));
+}
+
+// vector_slots of eight or four rows: a chunk's slots, two or four, in one vector.
+template <Type V, int T, int Height>
+INLINE void chunk_slots(const View &m, const std::uint8_t *p, const Rows<T> &in, float *y, Index stride) {
+    constexpr int kSlots = 16 / Height;
+    // bf16: the rows of two slots in turn.
+    const auto lane = [](int slot, int row) {
+        if (V != Type::bf16) return slot * Height + row;
+        return Height == 8 ? 2 * row + slot : slot % 2 * 8 + 2 * row + slot / 2;
+    };
+    constexpr bool kMixed = V == Type::bf16;
+    constexpr __mmask16 kSecond = Height == 8 ? (kMixed ? 0xaaaa : 0xff00) : (kMixed ? 0x5500 : 0x00f0),
+                        kThird = kMixed ? 0x00aa : 0x0f00, kFourth = kMixed ? 0xaa00 : 0xf000;
+    const std::uint16_t *counts;
+    const std::uint8_t *offset;
+    const Index windows = open_block(m, counts, offset, p);
+    __m512 acc[T][2];
+    for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+    const auto step = [&](Index w, int which) {
+        prefetch(p + kAheadFloat);
+        const __m512 weights = load_whole<V>(p);
+        for (int t = 0; t < T; ++t) {
+            const float *x = in.x[t] + 256 * w;
+            __m512 inputs = Widest::set1(x[offset[0]]);
+            inputs = _mm512_mask_broadcastss_ps(inputs, kSecond, _mm_load_ss(x + offset[1]));
+            if constexpr (Height == 4) {
+                inputs = _mm512_mask_broadcastss_ps(inputs, kThird, _mm_load_ss(x + offset[2]));
+                inputs = _mm512_mask_broadcastss_ps(inputs, kFourth, _mm_load_ss(x + offset[3]));
+            }
+            acc[t][which] = fma(weights, inputs, acc[t][which]);
+        }
+        p += kChunk<V>;
+        offset += kSlots;
+    };
+    for (Index w = 0; w < windows; ++w) {
+        const std::uint8_t *end = offset + counts[w];
+        while (offset + kSlots < end) {
+            step(w, 0);
+            step(w, 1);
+        }
+        if (offset < end) step(w, 0);
+    }
+    for (int t = 0; t < T; ++t) {
+        float lanes[16];
+        store(lanes, add(acc[t][0], acc[t][1]));
+        for (int r = 0; r < Height; ++r) {
+            float &sum = y[t * stride + r] = 0;
+            for (int slot = 0; slot < kSlots; ++slot) sum += lanes[lane(slot, r)];
+        }
+    }
+}
 #endif
 
 template <Type V, int T>
@@ -257,8 +315,11 @@ void float_panels(const View &m, Index first, Index last, const Inputs &in, floa
             continue;
         }
 #if SIMD_NUMBER(ISA) == SIMD_avx512
-        if (m.kind == Kind::vector && m.height == 16) {
-            sixteen_slots<V, T>(m, p, rows, y + row, stride);
+        if (m.kind == Kind::vector) {
+            float *to = y + row;
+            if (m.height == 16) sixteen_slots<V, T>(m, p, rows, to, stride);
+            else if (m.height == 8) chunk_slots<V, T, 8>(m, p, rows, to, stride);
+            else chunk_slots<V, T, 4>(m, p, rows, to, stride);
             continue;
         }
 #else
@@ -268,12 +329,12 @@ void float_panels(const View &m, Index first, Index last, const Inputs &in, floa
                 for (int h = 0; h < 2; ++h) store(y + t * stride + row + 8 * h, sums[2 * t + h]);
             continue;
         }
-#endif
         if (m.kind == Kind::vector && m.height == 4) {
             vector_slots<V, T, 4>(m, p, rows, sums);
             for (int t = 0; t < T; ++t) write(y + t * stride + row, sums[t], 4);
             continue;
         }
+#endif
         if (m.kind == Kind::vector) vector_slots<V, T, 8>(m, p, rows, sums);
         else if (m.kind == Kind::dense) dense_slots<V, T>(p, m.padded, rows, sums);
         else if (m.window == 4) two_of_four<V, T>(p, m.padded, rows, sums);
