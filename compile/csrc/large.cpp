@@ -53,10 +53,11 @@ void write_strips(const Kernels &k, const Factor &f, const float *sums, Index fi
 // units at a time meet a tile, as many as stay in the nearest cache beside it. Each thread has a Work
 // of its own, which has room for kUnits units:
 //   expand(unit, piece, u): make the piece ready, as the u-th of those at hand
-//   run(piece, u, tile, here, y): y[token * kTileRows + row] += for the `here` tokens of a tile
+//   run(piece, u, tile, here, y): y[token * kTileRows + row] += for the `here` tokens of a tile of `wide`;
+//   if kStrips, y[row * wide + token]
 template <typename Work>
 void over_tiles(const Factor &f, Index tokens, Index pieces, const Work &shared) {
-    const Index wide = shared.wide(), tiles = (tokens + wide - 1) / wide;
+    const Index wide = shared.wide, tiles = (tokens + wide - 1) / wide;
     const Index size = wide * kTileRows, most = kBatch / wide, group = shared.group();
     const Index units = (f.matrix->view().rows + kTileRows - 1) / kTileRows;
     // As many pieces for each thread, of at most kUnits.
@@ -115,10 +116,9 @@ struct DenseWork {
     const Matrix &matrix;
     const View &m;
     const float *tiled;
-    Index padded, wide_;
+    Index padded, wide;
     float *weights = nullptr;
     static constexpr bool kStrips = true;
-    Index wide() const { return wide_; }
 
     Index group() const { return 1; }
     void take_room() { weights = scratch<float, Room::weights>(kUnits * kDepth * kTileRows); }
@@ -136,7 +136,7 @@ struct DenseWork {
     }
     void run(Index piece, Index u, Index tile, int here, float *y) const {
         const Index from = piece * kDepth, count = std::min(m.padded - from, kDepth);
-        k.strip(own(u), kTileRows, nullptr, tiled + (tile * padded + from) * wide_, wide_, count, here, y);
+        k.strip(own(u), kTileRows, nullptr, tiled + (tile * padded + from) * wide, wide, count, here, y);
     }
 };
 
@@ -145,9 +145,8 @@ struct SlotWork {
     const Kernels &k;
     const View &m;
     const float *tiled;
-    Index padded, wide_;
+    Index padded, wide;
     static constexpr bool kStrips = true;
-    Index wide() const { return wide_; }
     float *weights = nullptr;
     std::int32_t *places = nullptr;
     Index kept[kUnits * 4] = {};  // of the blocks of the units at hand
@@ -167,14 +166,14 @@ struct SlotWork {
         for (Index b = 0; b < blocks(); ++b) {
             const Index panel = unit * blocks() + b, block = u * blocks() + b;
             kept[block] = panel < m.panels
-                ? k.slots(m, panel, from, to, wide_, own(block), places + block * kDepth) : 0;
+                ? k.slots(m, panel, from, to, wide, own(block), places + block * kDepth) : 0;
         }
     }
     void run(Index piece, Index u, Index tile, int here, float *y) const {
-        const float *x = tiled + (tile * padded + piece * kDepth) * wide_;
+        const float *x = tiled + (tile * padded + piece * kDepth) * wide;
         for (Index b = 0; b < blocks(); ++b) {
             const Index block = u * blocks() + b;
-            k.strip(own(block), m.height, places + block * kDepth, x, wide_, kept[block], here, y + b * m.height * wide_);
+            k.strip(own(block), m.height, places + block * kDepth, x, wide, kept[block], here, y + b * m.height * wide);
         }
     }
 };
@@ -247,7 +246,7 @@ struct IntWork {
     float *scales = nullptr;
 
     static constexpr bool kStrips = false;
-    Index wide() const { return k.tile_tokens; }
+    const Index wide = k.tile_tokens;
     Index depth() const { return kIntDepth / m.group; }  // groups of a piece
     Index group() const { return 1; }
     void take_room() {
@@ -274,9 +273,6 @@ struct IntStrips {
     const float *factors;        // [strip][group][token]: the scales
     Index padded, groups;
 };
-
-// Where a token of a strip lies: every sixteen bytes hold four of each sixteen tokens.
-Index strip_place(Index t) { return t % 16 / 4 * 16 + t / 16 * 4 + t % 4; }
 
 IntStrips strip_ints(const Kernels &k, int group, const float *x, Index columns, Index tokens) {
     constexpr Index kWide = kStripTokens;
@@ -311,7 +307,7 @@ IntStrips strip_ints(const Kernels &k, int group, const float *x, Index columns,
     return {inputs, factors, padded, groups};
 }
 
-// Blocks of 16 or 8 rows of integers: of the columns, those that are kept.
+// Blocks of integers: of the columns, those that are kept, four at a time.
 struct QuadWork {
     const Kernels &k;
     const View &m;
@@ -322,7 +318,7 @@ struct QuadWork {
     std::uint16_t *places = nullptr;
     KeptQuads kept[kUnits * 4] = {};
     static constexpr bool kStrips = true;
-    Index wide() const { return kStripTokens; }
+    static constexpr Index wide = kStripTokens;
 
     Index depth() const { return kIntDepth / m.group; }  // groups of a piece
     Index blocks() const { return kTileRows / m.height; }

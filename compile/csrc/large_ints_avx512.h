@@ -1,5 +1,6 @@
-// Products of integers with many tokens, with AVX-512: every piece of the weights becomes dense bytes in
-// the cache, removed ones included, for one instruction multiplies four of each of sixteen rows.
+// Products of integers with many tokens, with AVX-512, where one instruction multiplies four bytes in each of
+// sixteen lanes. The lanes are rows, and every piece of the weights becomes dense bytes in the cache; or, of
+// blocks, they are tokens, whose activations are gathered for four kept columns at a time.
 #pragma once
 
 #include <algorithm>
@@ -220,8 +221,8 @@ void quads_of(const View &m, Index panel, Index first, Index groups, std::int8_t
         }
     };
     for (Index g = 0; g < first; ++g) p += size(__builtin_popcountll(word(g)));
-    constexpr bool kCopied = V == Type::int4 || Height == 4;  // of four rows, the last quad of a group may be filled up
-    out.weights = !kCopied ? reinterpret_cast<const std::int8_t *>(p) : room;
+    constexpr bool kCopied = V == Type::int4 || Height == 4;  // between groups of four rows there may be a gap
+    out.weights = kCopied ? room : reinterpret_cast<const std::int8_t *>(p);
     out.scales = scales;
     const __m512i all = _mm512_load_si512(kAllColumns.v);
     std::uint16_t *columns = out.columns;
@@ -229,8 +230,10 @@ void quads_of(const View &m, Index panel, Index first, Index groups, std::int8_t
         const std::uint64_t kept = word(first + g);
         const int count = __builtin_popcountll(kept), quads = (count + 3) / 4;
         const __m512i own = _mm512_maskz_compress_epi8(kept, all), from = _mm512_set1_epi16(short(g * m.group));
-        _mm512_storeu_si512(columns, _mm512_add_epi16(from, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(own))));
-        _mm512_storeu_si512(columns + 32, _mm512_add_epi16(from, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(own, 1))));
+        const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(own));
+        const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(own, 1));
+        _mm512_storeu_si512(columns, _mm512_add_epi16(from, low));
+        _mm512_storeu_si512(columns + 32, _mm512_add_epi16(from, high));
         columns += quads * 4;
         out.counts[g] = quads;
         B32 sums[kHalves];

@@ -103,8 +103,8 @@ constexpr int kTokens = 4;      // the most that a small product takes at once
 constexpr int kMostTile = 12;   // tokens of a tile of a large product, at most
 constexpr int kTileRows = 16;
 
-// What is kept of some groups of columns of a panel of blocks of H = 16 or 8 rows of integers, four columns
-// at a time: the quads. Of each group the last may be filled up with weights of 0.
+// What is kept of some groups of columns of a panel of blocks of H rows of integers, four columns at a
+// time: the quads. The last of each group may be filled up with weights of 0.
 struct KeptQuads {
     const std::int8_t *weights;  // [quad][H][4]
     const float *scales;         // [group][H]
@@ -113,6 +113,9 @@ struct KeptQuads {
     std::int32_t *counts;        // of each group how many quads
 };
 constexpr int kStripTokens = 64;  // of integers
+// Where a token lies in a column of a strip of integers: every sixteen bytes hold four of each sixteen
+// tokens, so that interleaving the bytes of four columns lane by lane leaves sixteen tokens in a vector.
+static constexpr Index strip_place(Index t) { return t % 16 / 4 * 16 + t / 16 * 4 + t % 4; }
 
 // The kernels of one instruction set. `scratch`: 16 * padded + 4096 bytes.
 struct Squeeze;
@@ -161,7 +164,7 @@ struct Kernels {
     // weight * x[place * wide + t] for t < 8 * vectors; vectors <= 8; what lies behind them, up to `wide`, may be added, too.
     void (*skip)(const float *w, const std::uint16_t *place, Index listed, const std::int32_t *counts,
                  const float *x, Index wide, int vectors, float *y, Index stride);
-    // How activations meet this matrix of integers; of one in blocks it counts if it is `bytes` only.
+    // How activations meet this matrix of integers, which is not one of blocks.
     Steps (*steps)(const View &);
     // Integers: `groups` groups from the first on of the unit-th kTileRows rows, in the order of Steps;
     // scales[g * kTileRows + row]. `out` holds at most 32 bytes a column. Of `bytes` what is left over
@@ -174,9 +177,9 @@ struct Kernels {
     void (*tile_ints)(const View &, const std::uint8_t *w, const float *scales,
                       const std::uint8_t *x, const float *factors, const std::int32_t *begin,
                       Index groups, int tokens, float *y);
-    // Blocks of integers, or null where they are no faster so: the quads of `groups` groups from the first
-    // on of a panel, int4 as bytes; what they hold is written to `out`, but for weights that are used
-    // where they lie.
+    // Blocks of integers; null where they had better become floats. The quads of `groups` groups from the
+    // first on of a panel: to out.begin, columns (64 more may be written) and counts, to scales, and to
+    // weights, unless they can be used where they lie.
     void (*quads)(const View &, Index panel, Index first, Index groups, std::int8_t *weights, float *scales,
                   KeptQuads &out);
     // y[row * kStripTokens + t] += sum over groups of scales * factors[group * kStripTokens + t] * (begin +
