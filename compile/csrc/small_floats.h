@@ -180,8 +180,8 @@ INLINE void chunk_slots(const View &m, const std::uint8_t *p, const Rows<T> &in,
         return Height == 8 ? 2 * row + slot : slot % 2 * 8 + 2 * row + slot / 2;
     };
     constexpr bool kMixed = V == Type::bf16;
-    constexpr __mmask16 kSecond = Height == 8 ? (kMixed ? 0xaaaa : 0xff00) : (kMixed ? 0x5500 : 0x00f0),
-                        kThird = kMixed ? 0x00aa : 0x0f00, kFourth = kMixed ? 0xaa00 : 0xf000;
+    constexpr __mmask16 kSecond = Height == 8 ? (kMixed ? 0xaaaa : 0xff00) : (kMixed ? 0x5500 : 0x00f0);
+    [[maybe_unused]] constexpr __mmask16 kThird = kMixed ? 0x00aa : 0x0f00, kFourth = kMixed ? 0xaa00 : 0xf000;
     const std::uint16_t *counts;
     const std::uint8_t *offset;
     const Index windows = open_block(m, counts, offset, p);

@@ -267,7 +267,7 @@ bool run_case(Random &random, bool damaged) {
         if (random.one_in(4)) matrices[i] = std::make_unique<Matrix>(*matrices[i]);
         check_decoded(random, packed[i], dense[i], *matrices[i], text(packed[i], "decoded", 0));
     }
-    const Index tokens = random.one_in(6) ? random.of<Index>({7, 16, 17, 19, 31}) : 1 + random.below(5);
+    const Index tokens = random.one_in(6) ? random.of<Index>({7, 16, 17, 19, 31, 45, 61, 70}) : 1 + random.below(5);
     const Index columns = packed[0].columns;
     std::vector<float> x(std::size_t(tokens * columns));
     const int exponent = int(random.of<Index>({0, 0, 0, -20, 10}));
