@@ -86,6 +86,11 @@ INLINE Index open_block(const View &m, const std::uint16_t *&counts, const std::
     return windows;
 }
 
+// Asks for what lies ahead of a window's columns, as going over its chunks does for what lies ahead of those.
+INLINE void ask_ahead(const std::uint8_t *offset, Index count) {
+    for (Index i = 0; i < count; i += 64) prefetch(offset + i + kAheadFloat);
+}
+
 // Kept columns of a block row: each slot has its own input.
 template <Type V, int T, int Height>
 INLINE void vector_slots(const View &m, const std::uint8_t *p, const Rows<T> &in, F8 *sums) {
@@ -97,6 +102,7 @@ INLINE void vector_slots(const View &m, const std::uint8_t *p, const Rows<T> &in
     for (int t = 0; t < T; ++t)
         for (int h = 0; h < kHalves; ++h) acc[t][h][0] = acc[t][h][1] = zero();
     for (Index w = 0; w < windows; ++w) {
+        ask_ahead(offset, counts[w]);
         for (const std::uint8_t *end = offset + counts[w]; offset < end;
              offset += Height == 4 ? 4 : 2) {
             prefetch(p + kAheadFloat);
@@ -148,7 +154,8 @@ INLINE void sixteen_slots(const View &m, const std::uint8_t *p, const Rows<T> &i
     const Index windows = open_block(m, counts, offset, p);
     __m512 acc[T][2];
     for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
-    for (Index w = 0; w < windows; ++w)
+    for (Index w = 0; w < windows; ++w) {
+        ask_ahead(offset, counts[w]);
         for (const std::uint8_t *end = offset + counts[w]; offset < end; offset += 2) {
             prefetch(p + kAheadFloat);
             __m512 first, second;
@@ -160,6 +167,7 @@ INLINE void sixteen_slots(const View &m, const std::uint8_t *p, const Rows<T> &i
                 acc[t][1] = fma(second, Widest::set1(x[offset[1]]), acc[t][1]);
             }
         }
+    }
     for (int t = 0; t < T; ++t) store(y + t * stride, add(acc[t][0], acc[t][1]));
 }
 
@@ -204,6 +212,7 @@ INLINE void chunk_slots(const View &m, const std::uint8_t *p, const Rows<T> &in,
         offset += kSlots;
     };
     for (Index w = 0; w < windows; ++w) {
+        ask_ahead(offset, counts[w]);
         const std::uint8_t *end = offset + counts[w];
         while (offset + kSlots < end) {
             step(w, 0);
