@@ -13,7 +13,7 @@ become one of these (`secateur.compile.nearest.widen_fp8`), and so take its memo
 Values int8 and int4 take int8 activations (quantised on the fly, one scale for each token and group
 of at most 64 columns; an infinite or NaN activation makes every output of its token NaN that keeps
 a weight in its group), or fp32 activations if asked for; and with many tokens if the layout is one
-of blocks (with AVX-512: of blocks that keep little). Where only removed weights meet an infinite or
+of blocks, without AVX-512. Where only removed weights meet an infinite or
 NaN activation, the output may be either: some layouts multiply stored zeros.
 """
 
@@ -108,8 +108,8 @@ class CpuMatrix:
     def rounds_inputs(self, tokens: int) -> bool:
         """Whether a product with so many tokens rounds its activations to int8.
 
-        With ``activations`` int8 it does, except blocks of rows with more than 16 tokens; with
-        AVX-512 these do, too, unless they keep so little that skipping the rest in fp32 is faster.
+        With ``activations`` int8 it does, except blocks of rows with more than 16 tokens where
+        there is no AVX-512.
         """
         return self.activations == "int8" and bool(self._native.rounds_inputs(tokens))
 
